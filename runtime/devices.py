@@ -1,0 +1,42 @@
+"""Which device a rank computes on, and how much memory it has."""
+
+import os
+
+import torch
+
+from runtime.errors import UserError
+
+
+def choose_device(cuda: bool = False, rocm: bool = False, cpu: bool = False, local_rank: int = 0) -> torch.device:
+    """The device asked for, else the best there is; `local_rank` picks among this host's accelerators.
+
+    Torch's ROCm builds present AMD devices as "cuda". Raises UserError when two kinds are asked for at once, or the
+    one asked for is absent.
+    """
+    asked = [name for name, wanted in (("--cuda", cuda), ("--rocm", rocm), ("--cpu", cpu)) if wanted]
+    if len(asked) > 1:
+        raise UserError(f"expected one device, got {' and '.join(asked)}: keep one of them")
+    if cpu:
+        return torch.device("cpu")
+    available = torch.cuda.is_available()
+    if cuda and not (available and torch.version.hip is None):
+        raise UserError("expected a CUDA device for --cuda, got none in this torch build or host: use --cpu or --rocm")
+    if rocm and not (available and torch.version.hip is not None):
+        raise UserError("expected a ROCm device for --rocm, got none in this torch build or host: use --cpu or --cuda")
+    if not available:
+        return torch.device("cpu")
+    # A launcher that binds one device to each task shows every task a single device, number 0.
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """Total memory of `device` in bytes; for the CPU, the host's memory or the cgroup's limit if that is lower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = file.read().strip()
+    except OSError:  # no cgroup v2 on this host: the host's memory is the only limit
+        return host
+    return min(host, int(limit)) if limit.isdigit() else host

@@ -1,0 +1,60 @@
+"""Who this process is in the population: told by torchrun, by Slurm, or nobody."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runtime.errors import UserError
+
+_SOURCES = (
+    ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
+    ("slurm", ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")),
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One process of the population.
+
+    rank: 0 ... world_size-1 in the population; local_rank: 0 ... on this host, which picks the device;
+    local_world_size: processes on this host; source: who said so ("torchrun", "slurm" or "alone").
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    source: str
+
+
+def identity_from_environment(environment: Mapping[str, str]) -> Identity:
+    """RANK / LOCAL_RANK / WORLD_SIZE, else SLURM_PROCID / SLURM_LOCALID / SLURM_NPROCS, else 0 / 0 / 1.
+
+    LOCAL_WORLD_SIZE may be absent: then a world with LOCAL_RANK == RANK everywhere cannot be told from several
+    hosts, and 1 is assumed for a population of one, 0 ("not known") otherwise.
+    Raises UserError for a value that is no number, or a rank outside its world.
+    """
+    for source, (rank_name, world_name, local_name, local_world_name) in _SOURCES:
+        if rank_name not in environment:
+            continue
+        rank = _number(environment, rank_name)
+        world_size = _number(environment, world_name)
+        local_rank = _number(environment, local_name)
+        known_local = environment.get(local_world_name, "").isdigit()
+        local_world_size = int(environment[local_world_name]) if known_local else int(world_size == 1)
+        if not 0 <= rank < world_size or local_rank < 0:
+            raise UserError(
+                f"expected 0 <= {rank_name} < {world_name} and {local_name} >= 0, "
+                f"got {rank_name}={rank} {world_name}={world_size} {local_name}={local_rank}: mend the launcher"
+            )
+        return Identity(rank, local_rank, world_size, local_world_size, source)
+    return Identity(rank=0, local_rank=0, world_size=1, local_world_size=1, source="alone")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name)
+    if text is None:
+        raise UserError(f"expected {name} in the environment beside the rank, got none: set it in the launcher")
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"expected a whole number in {name}, got {text!r}: mend the launcher") from None

@@ -1,0 +1,119 @@
+"""Train one rank of a population of byte-level MinGRU language models.
+
+    python train.py --data /path/to/data.txt --output output_dir --params 1g --cuda
+
+Wiring only: options become parts, parts become a Trainer, which runs. A launcher (train.local.sh, torchrun, srun)
+starts many of these processes; alone, this one is a population of one.
+"""
+
+import math
+import os
+import random
+import sys
+import time
+
+import torch
+
+from gossip.event_log import EventLog
+from gossip.evolutionary_node import EvolutionaryNode
+from gossip.fitness_tracker import FitnessTracker
+from gossip.state import Schema
+from mingru.sizing import parameter_count
+from runtime.arguments import run_main
+from runtime.devices import choose_device
+from runtime.ranks import identity_from_environment
+from runtime.signals import SignalFlags
+from training import setup
+from training.checkpoint import build_model
+from training.data import LaneReader
+from training.loop import Parts, Trainer, TrainingDiverged
+from training.memory import check_memory, estimate_memory
+from training.metrics import MetricsFile, Progress, RunLog
+from training.optimizer import build_optimizer
+from training.options import parse_arguments
+from training.resume import restore
+from training.retention import RetentionPolicy, tidy
+
+
+def main(arguments: list[str]) -> int:
+    """What a user can get wrong is found before the run directory is touched."""
+    given = parse_arguments(arguments, __doc__.splitlines()[0])
+    identity = identity_from_environment(os.environ)
+    options, run = setup.choose_run(given, identity)
+    device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
+    resumed = setup.read_resumed(run, identity) if options.run.resume else None
+    config = setup.choose_model(options, given, resumed)
+    parameters = parameter_count(config)
+    memory = estimate_memory(parameters)
+    check_memory(memory, device, max(1, identity.local_world_size))
+    corpus, training_region, held_out = setup.open_data(options)
+    lanes = LaneReader(
+        training_region, options.data.batch_size, options.data.chunk_size,
+        rank=identity.rank, world_size=identity.world_size, seed=options.optimizer.seed,
+    )  # fmt: skip
+
+    is_first = identity.rank == 0
+    metrics = MetricsFile(run.metrics)
+    if resumed:
+        metrics.rewind(resumed.file.step)
+    else:
+        run.claim(identity)
+    if is_first:
+        run.write_config(options, config, parameters, identity, str(device))
+    log = RunLog(run.log, echo=is_first and not sys.stderr.isatty())
+    events = EventLog(run.event_log, identity.rank)
+
+    model = build_model(config, setup.initial_weights(options, config), device)
+    torch.manual_seed(options.optimizer.seed * 1_000_003 + identity.rank + 1)  # dropout differs between ranks
+    weights = build_optimizer(model, options.optimizer)
+    schema = Schema.of(weights.tensors(), weights.rules, setup.terms(options, weights, corpus))
+    signals = SignalFlags().install()
+    archive_dice = random.Random()
+    policy = RetentionPolicy(options.run.keep_checkpoints, options.run.keep_elite, options.run.archive_rate)
+
+    def tidy_run() -> None:
+        tidy(run.path, policy, archive_dice)
+
+    node = EvolutionaryNode(
+        identity=identity, run_id=run.name, run_dir=run.path, schema=schema, live=weights.tensors(),
+        scalars=weights.scalars, config=setup.gossip_config(options, identity), event_log=events, seed=options.optimizer.seed,
+        leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
+    )  # fmt: skip
+    trainer = Trainer(
+        Parts(
+            options=options, run=run, device=device, model=model, weights=weights, schema=schema, lanes=lanes,
+            held_out=held_out, node=node, tracker=FitnessTracker(options.population.gossip_fitness_decay),
+            signals=signals, metrics=metrics, log=log, events=events, tidy=tidy_run,
+            initial_weights=lambda: setup.initial_weights(options, config),
+        )
+    )  # fmt: skip
+    if resumed:
+        restore(trainer, resumed.content["training"], own=resumed.file.rank == identity.rank)
+    log.line(
+        f"rank {identity.rank} of {identity.world_size} ({identity.source}) on {device}: {parameters:,} parameters "
+        f"(dim {config.dim}, depth {config.depth}), {memory}; {len(training_region):,} bytes to train on"
+        + (f"; resumed {resumed.file.path.name}" if resumed else ""),
+        echo=is_first,
+    )
+
+    deadline = time.monotonic() + options.run.max_minutes * 60 if options.run.max_minutes else math.inf
+    progress = None
+    if is_first and sys.stderr.isatty():
+        progress = Progress(trainer.totals.step, options.run.train_steps, deadline)
+    node.start()
+    try:
+        trainer.run(deadline, progress)
+    except TrainingDiverged as error:
+        print(f"error: rank {identity.rank}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if progress:
+            progress.close()
+        node.close()
+        trainer.tidy_up()
+        log.close()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

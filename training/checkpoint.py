@@ -1,0 +1,187 @@
+"""Checkpoints: one file that resumes training exactly and from which anyone can load the weights to use.
+
+A file holds `model_config`, `model_state_dict` (the averaged weights: what one evaluates and generates from), `step`,
+`loss` (the fitness that ranks the population; None if it was not known), and `training` (everything that
+resuming needs). It is read with weights_only=True: a checkpoint can not run code.
+"""
+
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mingru.foreign import convert
+from mingru.minLM import MinLM, ModelConfig
+from runtime.errors import UserError
+from runtime.files import atomic_writer
+
+FORMAT = "gruboros checkpoint 1"
+_NAME = re.compile(r"checkpoint_rank_(\d{4,})_step_(\d{6,})_loss_(\d+\.\d{4}|NA)\.pt")
+
+
+class CheckpointError(UserError):
+    """A file that is no whole checkpoint of the wanted kind."""
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A checkpoint's path and what its name tells: loss in nats per byte, or None if it was not known."""
+
+    path: Path
+    rank: int
+    step: int
+    loss: float | None
+
+
+def checkpoint_name(rank: int, step: int, loss: float | None) -> str:
+    """ "checkpoint_rank_0000_step_000500_loss_1.2345.pt"; an unknown loss is NA."""
+    shown = "NA" if loss is None else f"{loss:.4f}"
+    return f"checkpoint_rank_{rank:04d}_step_{step:06d}_loss_{shown}.pt"
+
+
+def list_checkpoints(run_dir: Path) -> list[CheckpointFile]:
+    """The checkpoints of a run, all ranks, by their names alone; oldest step first within a rank."""
+    found = []
+    for path in run_dir.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match and not path.is_symlink():
+            rank, step, loss = match.groups()
+            found.append(CheckpointFile(path, int(rank), int(step), None if loss == "NA" else float(loss)))
+    return sorted(found, key=lambda file: (file.rank, file.step, file.path.name))
+
+
+def save_checkpoint(
+    run_dir: Path,
+    rank: int,
+    step: int,
+    loss: float | None,
+    config: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    training: dict[str, Any],
+) -> Path:
+    """Write a checkpoint, whole or not at all, and durably; returns its path. Raises OSError (disk full, ...)."""
+    path = run_dir / checkpoint_name(rank, step, loss)
+    content = {
+        "format": FORMAT,
+        "model_config": config.to_dict(),
+        "model_state_dict": weights,
+        "step": step,
+        "loss": loss,
+        "training": training,
+    }
+    with atomic_writer(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch's writer reports a failed write in its own words; the file system's are clearer.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a .pt file, tensors on the CPU and mapped from the file, read when touched.
+
+    Raises CheckpointError for a file that is missing, unreadable, truncated, or needs more than weights_only.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"expected a checkpoint at {path}, got no such file: check the path") from None
+    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"expected a whole checkpoint, got {path} ({reason}): choose another file") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"expected a checkpoint, got a {type(content).__name__} in {path}: choose another file")
+    return content
+
+
+def read_own_checkpoint(path: Path) -> dict[str, Any]:
+    """read_checkpoint for one that this software wrote, with its training state; CheckpointError otherwise."""
+    content = read_checkpoint(path)
+    if content.get("format") != FORMAT or "training" not in content:
+        raise CheckpointError(f"expected a checkpoint of this software, got {path}: use --init_from for its weights")
+    return content
+
+
+def read_for_use(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], dict[str, Any]]:
+    """A checkpoint's model: its shape, its averaged weights on the CPU, and {"path", "step", "loss"}.
+
+    path: a file (ours, the predecessor's, or minGRU-pytorch's) or a run directory (its best.pt, else its latest.pt).
+    Raises CheckpointError.
+    """
+    path = find_model_file(path)
+    content = read_checkpoint(path)
+    if content.get("format") == FORMAT:
+        config, weights = ModelConfig.from_dict(content["model_config"]), content["model_state_dict"]
+    else:
+        config, weights = convert(content)
+    return config, weights, {"path": path, "step": content.get("step"), "loss": content.get("loss")}
+
+
+def load_for_use(path: Path, device: torch.device) -> tuple[MinLM, dict[str, Any]]:
+    """The model of a checkpoint with its averaged weights, in eval mode on `device`, and what read_for_use tells of it.
+
+    Raises CheckpointError.
+    """
+    config, weights, info = read_for_use(path)
+    return build_model(config, weights, device).eval(), info
+
+
+def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], device: torch.device) -> MinLM:
+    """A model on `device` with these weights. Raises CheckpointError if they do not fit its shape."""
+    with torch.device("meta"):
+        model = MinLM(config)
+    model.to_empty(device=device)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"expected weights that fit {config}, got others: {reason}") from None
+    return model
+
+
+def find_model_file(path: Path) -> Path:
+    """`path` itself if it is a file; the best, else the latest, checkpoint of a run directory. CheckpointError."""
+    if not path.is_dir():
+        return path
+    for name in ("best.pt", "latest.pt"):
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"expected a run directory with best.pt or latest.pt, got {path}: give a checkpoint file")
+
+
+def resume_candidates(run_dir: Path, rank: int, world_size: int) -> list[CheckpointFile]:
+    """What `rank` of `world_size` resumes from, the first choice first; the others serve if that one is not whole.
+
+    A rank that has checkpoints goes on with its own newest. A rank that has none starts from the population's best.
+    With fewer ranks than before the best go on: of the old ranks' newest checkpoints the best `world_size` stay, each
+    at its own rank if that still exists, else at the rank of one that does not go on.
+    Raises UserError if the run has no checkpoint.
+    """
+    files = list_checkpoints(run_dir)
+    if not files:
+        raise UserError(f"expected a run directory with a checkpoint to resume, got none in {run_dir}: check the path")
+    newest = {file.rank: file for file in files}
+    ranking = sorted(newest.values(), key=_by_loss)
+    staying = {file.rank for file in ranking[:world_size]}
+    source = rank if rank in staying else None
+    if source is None:
+        vacant = [r for r in range(world_size) if r not in staying]
+        homeless = [file.rank for file in ranking[:world_size] if file.rank >= world_size]
+        index = vacant.index(rank)
+        source = homeless[index] if index < len(homeless) else ranking[0].rank
+    own = [file for file in reversed(files) if file.rank == source]
+    others = [file for file in sorted(files, key=_by_loss) if file.rank != source]
+    return own + others
+
+
+def best_first(files: list[CheckpointFile]) -> list[CheckpointFile]:
+    """Sorted by loss, unknown losses last; of equals the later step first."""
+    return sorted(files, key=_by_loss)
+
+
+def _by_loss(file: CheckpointFile) -> tuple[bool, float, int, int]:
+    return (file.loss is None, file.loss or 0.0, -file.step, file.rank)

@@ -1,0 +1,205 @@
+"""Bytes on disk become chunks: a memory-mapped corpus, read by lanes that never lose their place.
+
+Shape letters: B lanes, T bytes of a chunk.
+"""
+
+import glob
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import UserError
+
+_SPLIT_SEARCH_BYTES = 1 << 20
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """The files named by files, folders (searched recursively) and globs, each once, sorted within a pattern.
+
+    Raises UserError for a pattern that names no file.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))] or [Path(pattern)]
+        files = []
+        for match in matches:
+            files += sorted(p for p in match.rglob("*") if p.is_file()) if match.is_dir() else [match]
+        files = [path.resolve() for path in files if path.is_file()]
+        if not files:
+            raise UserError(f"expected data at {pattern!r}, got no file there: check the path")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+class Corpus:
+    """Files as one byte sequence, memory-mapped; each file that does not end with the delimiter gets one.
+
+    So `len(corpus)` and positions count those added delimiters. delimiter: 0 ... 255, or None for files joined as
+    they are. Opening costs a few system calls a file, whatever its size. Raises UserError if there are no bytes.
+    """
+
+    def __init__(self, files: Sequence[Path], delimiter: int | None) -> None:
+        self.delimiter = delimiter
+        self._segments: list[np.ndarray] = []
+        digest = hashlib.sha256(repr(delimiter).encode())
+        for path in files:
+            try:
+                size = path.stat().st_size
+                if size == 0:
+                    continue
+                mapped = np.memmap(path, dtype=np.uint8, mode="r")
+            except OSError as error:
+                raise UserError(f"expected a readable file, got {path}: {error.strerror}") from None
+            self._segments.append(mapped)
+            if delimiter is not None and mapped[-1] != delimiter:
+                self._segments.append(np.array([delimiter], dtype=np.uint8))
+            digest.update(size.to_bytes(8, "little") + bytes(mapped[:4096]) + bytes(mapped[-4096:]))
+        if not self._segments:
+            raise UserError(f"expected bytes to train on, got only empty files ({', '.join(map(str, files[:3]))})")
+        self._starts = np.cumsum([0] + [len(segment) for segment in self._segments])
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Bytes [begin, end) as a new uint8 array; 0 <= begin <= end <= len."""
+        assert 0 <= begin <= end <= len(self), (begin, end, len(self))
+        out = np.empty(end - begin, dtype=np.uint8)
+        index = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        done = 0
+        while done < len(out):
+            offset = begin + done - int(self._starts[index])
+            piece = self._segments[index][offset : offset + len(out) - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+            index += 1
+        return out
+
+    def split(self, val_fraction: float) -> tuple["Region", "Region | None"]:
+        """The training and the held-out part; the cut is moved to the next document within 1 MiB, if there is one."""
+        if val_fraction == 0:
+            return Region(self, 0, len(self)), None
+        cut = int(len(self) * (1 - val_fraction))
+        if self.delimiter is not None:
+            window = self.read(cut, min(cut + _SPLIT_SEARCH_BYTES, len(self)))
+            ends = np.flatnonzero(window == self.delimiter)
+            if len(ends) and cut + ends[0] + 1 < len(self):
+                cut += int(ends[0]) + 1
+        return Region(self, 0, cut), Region(self, cut, len(self))
+
+
+@dataclass(frozen=True)
+class Region:
+    """Bytes [begin, end) of a corpus."""
+
+    corpus: Corpus
+    begin: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Bytes [begin, end), counted from the region's start."""
+        return self.corpus.read(self.begin + begin, self.begin + end)
+
+    def read_around(self, begin: int, length: int) -> np.ndarray:
+        """`length` bytes from `begin` on, going on at the region's start after its end."""
+        pieces = []
+        while length > 0:
+            piece = self.read(begin, min(begin + length, len(self)))
+            pieces.append(piece)
+            length -= len(piece)
+            begin = 0
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """ids_BS: uint8 (B, T+1), inputs [:, :-1] and targets [:, 1:]; reset_BT: bool, True where a lane starts afresh.
+
+    A lane starts afresh at the input that is a delimiter: the last target of one document, the first input of the next.
+    """
+
+    ids_BS: np.ndarray
+    reset_BT: np.ndarray
+
+
+def document_starts(ids_BT: np.ndarray, delimiter: int | None) -> np.ndarray:
+    """bool, like `ids_BT`: True at the inputs that start a document."""
+    return np.zeros(ids_BT.shape, dtype=bool) if delimiter is None else ids_BT == delimiter
+
+
+class LaneReader:
+    """Lanes that each read a region contiguously, from their own place, round and round.
+
+    Chunk k of a lane that began at p holds inputs [p+kT, p+kT+T) and targets one further: no byte is lost between
+    chunks. Lane i of rank r of W ranks begins in the (rB+i)-th of WB equal parts, at a place drawn from the seed.
+    """
+
+    def __init__(
+        self, region: Region, batch_size: int, chunk_size: int, *, rank: int, world_size: int, seed: int
+    ) -> None:
+        if len(region) < chunk_size + 1:
+            raise UserError(
+                f"expected at least {chunk_size + 1} bytes of training data (a chunk and its target), got {len(region)}"
+                ": give more data or a smaller --chunk_size"
+            )
+        self.region = region
+        self.chunk_size = chunk_size
+        lanes = world_size * batch_size
+        place_in_part = np.random.default_rng((seed, rank)).random(batch_size)
+        parts = rank * batch_size + np.arange(batch_size)
+        self.positions = ((parts + place_in_part) / lanes * len(region)).astype(np.int64) % len(region)
+        # A region that ends inside a document: its start must not continue that document.
+        self._fresh_start = region.corpus.delimiter is None or int(region.read(len(region) - 1, len(region))[0]) != (
+            region.corpus.delimiter
+        )
+
+    def next_chunk(self) -> Chunk:
+        """The next chunk of every lane; `positions` then counts it as consumed."""
+        ids_BS = np.stack([self.region.read_around(int(p), self.chunk_size + 1) for p in self.positions])
+        reset_BT = document_starts(ids_BS[:, :-1], self.region.corpus.delimiter)
+        if self._fresh_start:
+            to_start = (-self.positions) % len(self.region)
+            for lane in np.flatnonzero(to_start < self.chunk_size):
+                reset_BT[lane, to_start[lane] :: len(self.region)] = True
+        self.positions = (self.positions + self.chunk_size) % len(self.region)
+        return Chunk(ids_BS, reset_BT)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every lane will read next."""
+        return {"positions": self.positions.tolist(), "region_bytes": len(self.region)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the stored lanes' places; with more lanes than stored, the further ones keep their own.
+
+        Raises UserError when the data is not what the places were counted in.
+        """
+        if state["region_bytes"] != len(self.region):
+            raise UserError(
+                f"expected the {state['region_bytes']} training bytes of the checkpoint, got {len(self.region)}: "
+                "resume with the same --data"
+            )
+        kept = min(len(state["positions"]), len(self.positions))
+        self.positions[:kept] = state["positions"][:kept]
+
+
+def validation_chunks(region: Region, batch_size: int, chunk_size: int, max_bytes: int) -> Iterator[Chunk]:
+    """The region's first `max_bytes` as up to `batch_size` equal lanes, chunk by chunk, the last one shorter.
+
+    Every byte is a target once, but the first and fewer than `batch_size` at the end.
+    """
+    targets = min(len(region), max_bytes) - 1
+    lanes = min(batch_size, targets)
+    lane_bytes = targets // lanes
+    for offset in range(0, lane_bytes, chunk_size):
+        length = min(chunk_size, lane_bytes - offset)
+        starts = [lane * lane_bytes + offset for lane in range(lanes)]
+        ids_BS = np.stack([region.read(start, start + length + 1) for start in starts])
+        yield Chunk(ids_BS, document_starts(ids_BS[:, :-1], region.corpus.delimiter))

@@ -1,0 +1,52 @@
+"""Does a model fit? An estimate of what a rank needs, before anything is allocated."""
+
+from dataclasses import dataclass
+
+import torch
+
+from runtime.devices import device_memory_bytes
+from runtime.errors import UserError
+
+_BYTES = 4  # float32
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one rank needs on its device, without activations, and in host memory for exchanges."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    evaluation: int
+    exchange: int
+
+    @property
+    def on_device(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.evaluation
+
+    def __str__(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "evaluation", "exchange")
+        shown = [f"{name} {getattr(self, name) / _GIB:.2f}" for name in parts]
+        return f"{(self.on_device + self.exchange) / _GIB:.2f} GiB a rank ({', '.join(shown)})"
+
+
+def estimate_memory(parameters: int) -> MemoryEstimate:
+    """For `parameters` float32 numbers: weights, gradients, two more optimizer sequences, the averaged weights while
+    validating or saving, and the two host buffers of an exchange (weights and both optimizer sequences each).
+    """
+    one = parameters * _BYTES
+    return MemoryEstimate(weights=one, gradients=one, optimizer=2 * one, evaluation=one, exchange=2 * 3 * one)
+
+
+def check_memory(estimate: MemoryEstimate, device: torch.device, ranks_here: int) -> None:
+    """Raise UserError if `ranks_here` ranks of this host, on `device` (one GPU each, or all on the CPU), cannot fit."""
+    available = device_memory_bytes(device)
+    needed = estimate.on_device
+    if device.type == "cpu":
+        needed = (needed + estimate.exchange) * ranks_here
+    if needed > available:
+        raise UserError(
+            f"expected a model that fits {device} ({available / _GIB:.2f} GiB), got one that needs {estimate}"
+            f"{f' times {ranks_here} ranks' if ranks_here > 1 else ''}: choose smaller --params"
+        )

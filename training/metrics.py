@@ -1,0 +1,115 @@
+"""What a run says of itself: metrics/rank_0000.tsv, logs/train_<run>_rank_0000.log and the progress bar."""
+
+import csv
+import math
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from runtime.files import atomic_write
+
+COLUMNS = (
+    "rank", "step", "time_s", "loss", "ema_loss", "val_loss", "bytes_seen", "bytes_per_s", "lr", "grad_norm",
+    "documents", "mixes_initiated", "mixes_received", "won", "lost", "tied", "failed",
+)  # fmt: skip
+MISSING = "NA"
+
+
+def bits(nats: float) -> float:
+    """Nats per byte as bits per byte."""
+    return nats / math.log(2)
+
+
+class MetricsFile:
+    """A rank's metrics as tab-separated values: losses in nats per byte, a missing value is NA."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make the file, with its header. Raises FileExistsError if there is one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "x") as file:
+            file.write("\t".join(COLUMNS) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, which a resumed run is about to write again; make the file if it is missing."""
+        if not self.path.exists():
+            self.create()
+            return
+        with open(self.path, newline="") as file:
+            lines = file.read().splitlines()
+        position = COLUMNS.index("step")
+        rows = [line.split("\t") for line in lines[1:]]
+        kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[position]) <= step]
+        atomic_write(self.path, "\n".join("\t".join(row) for row in [COLUMNS, *kept]) + "\n")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one row; columns that `row` lacks, or None or not a number in it, are NA. Raises OSError."""
+        with open(self.path, "a", newline="") as file:
+            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+            writer.writerow([_cell(row.get(name)) for name in COLUMNS])
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return MISSING
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class RunLog:
+    """The human's log: plain lines with the time in front, in a file and, where wanted, on standard error.
+
+    A full disk must not stop training: a line that cannot be written is counted in `lost` and said on standard error
+    once.
+    """
+
+    def __init__(self, path: Path, echo: bool) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab", buffering=0)
+        self._echo = echo
+        self.lost = 0
+
+    def line(self, text: str, echo: bool | None = None) -> None:
+        """Write one line; `echo` overrides whether standard error gets it too."""
+        stamped = f"{datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M:%S')} {text}"
+        try:
+            self._file.write(f"{stamped}\n".encode())
+        except OSError as error:
+            if self.lost == 0:
+                print(f"warning: the log cannot be written ({error.strerror}); training goes on", file=sys.stderr)
+            self.lost += 1
+        if self._echo if echo is None else echo:
+            tqdm.write(stamped, file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Progress:
+    """Rank 0's bar: steps, bits per byte, bytes/s, mixes; on a terminal only, where a bar can be redrawn."""
+
+    def __init__(self, first_step: int, train_steps: int | None, deadline: float | None) -> None:
+        self._deadline = deadline
+        self._bar = tqdm(
+            total=train_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5, file=sys.stderr
+        )
+
+    def update(self, step: int, loss: float | None, bytes_per_s: float | None, mixes: dict[str, int]) -> None:
+        """Show a step; loss in nats per byte."""
+        left = "" if self._deadline is None else f", {max(0.0, self._deadline - time.monotonic()):.0f} s left"
+        shown = "..." if loss is None else f"{bits(loss):.3f}"
+        rate = "..." if bytes_per_s is None else f"{bytes_per_s / 1000:.1f}"
+        self._bar.set_postfix_str(
+            f"{shown} bits/byte, {rate} kB/s, {mixes['won']} won {mixes['lost']} lost{left}", refresh=False
+        )
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()

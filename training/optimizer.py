@@ -1,0 +1,200 @@
+"""The optimizers, and what of them a checkpoint holds and a peer receives.
+
+Schedule-free AdamW ("The Road Less Scheduled", arXiv 2405.15682) keeps three sequences: training sees y, the base
+iterate is z, and their average x = y + (z - y)(1 - 1/beta) is what one evaluates, generates from and calls the
+result. Plain AdamW has one, w, which is used for everything.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from schedulefree import AdamWScheduleFree
+from torch import Tensor, nn
+
+from gossip.state import Rule
+from training.options import OptimizerOptions
+
+
+class TrainedWeights(Protocol):
+    """A model's weights in training: everything that moves them, merges them or stores them goes through here."""
+
+    family: str
+    rules: dict[str, Rule]
+
+    def step(self) -> None:
+        """Apply the gradients."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by name ("y.token_emb.weight", ...): float32, on the model's device."""
+
+    def scalars(self) -> dict[str, float]:
+        """The optimizer's counters, which belong to its tensors."""
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        """Take counters that `scalars` of the same family returned."""
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The weights to use, by parameter name, computed out of place: training's own are not touched."""
+
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        """Go on from `weights` (by parameter name) as a new optimizer would, without any history."""
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step, warm-up included."""
+
+
+def build_optimizer(model: nn.Module, options: OptimizerOptions) -> TrainedWeights:
+    """The optimizer of `options` over the parameters of `model`; its state exists from the start, all zero steps."""
+    return (ScheduleFreeWeights if options.schedulefree else AdamWWeights)(model, options)
+
+
+def _groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; gains and biases, being vectors, do not."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+class ScheduleFreeWeights:
+    """Schedule-free AdamW: y (the model's own parameters), z and second moments v."""
+
+    family = "schedule-free AdamW"
+
+    def __init__(self, model: nn.Module, options: OptimizerOptions) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._beta = options.sf_beta
+        on_cpu = all(p.device.type == "cpu" for p in self._parameters.values())
+        self._optimizer = AdamWScheduleFree(
+            _groups(self._parameters.values(), options.weight_decay),
+            lr=options.lr,
+            betas=(options.sf_beta, options.sf_beta2),
+            warmup_steps=options.warmup_steps,
+            foreach=not on_cpu,  # on a CPU one tensor at a time stays in the cache: twice as fast
+        )
+        self._optimizer.train()
+        for parameter in self._parameters.values():
+            self._optimizer.state[parameter] = {
+                "z": parameter.detach().clone(memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+        self.rules = {
+            f"{kind}.{name}": Rule.SECOND_MOMENT if kind == "v" else Rule.WEIGHT
+            for kind in "yzv"
+            for name in self._parameters
+        }
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = self._optimizer.state
+        return (
+            {f"y.{name}": p.detach() for name, p in self._parameters.items()}
+            | {f"z.{name}": state[p]["z"] for name, p in self._parameters.items()}
+            | {f"v.{name}": state[p]["exp_avg_sq"] for name, p in self._parameters.items()}
+        )
+
+    def scalars(self) -> dict[str, float]:
+        # All groups step together, with one learning rate: their counters are the same.
+        group = self._optimizer.param_groups[0]
+        return {name: float(group[name]) for name in ("k", "weight_sum", "lr_max")}
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        for group in self._optimizer.param_groups:
+            group["k"] = int(scalars["k"])
+            group["weight_sum"] = scalars["weight_sum"]
+            group["lr_max"] = scalars["lr_max"]
+
+    @torch.no_grad()
+    def averaged(self) -> dict[str, Tensor]:
+        return {
+            name: torch.lerp(y, self._optimizer.state[y]["z"], 1 - 1 / self._beta)
+            for name, y in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        # With k = 0 the bias correction fits the empty second moments and the warm-up runs again; with
+        # weight_sum = 0 the first step's z replaces the average whole. So x, y and z must start equal.
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state[parameter]
+            parameter.copy_(weights[name])
+            state["z"].copy_(weights[name])
+            state["exp_avg_sq"].zero_()
+        self.load_scalars({"k": 0, "weight_sum": 0.0, "lr_max": -1.0})
+
+    @property
+    def lr(self) -> float:
+        return float(self._optimizer.param_groups[0]["scheduled_lr"])
+
+
+class AdamWWeights:
+    """Plain AdamW with linear warm-up: weights w, first moments m, second moments v."""
+
+    family = "AdamW"
+
+    def __init__(self, model: nn.Module, options: OptimizerOptions) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._full_lr = options.lr
+        self._warmup_steps = options.warmup_steps
+        self._optimizer = torch.optim.AdamW(
+            _groups(self._parameters.values(), options.weight_decay),
+            lr=options.lr,
+            betas=(options.sf_beta, options.sf_beta2),
+            fused=True,
+        )
+        for parameter in self._parameters.values():
+            self._optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+        self._steps = 0
+        self.rules = {
+            f"{kind}.{name}": Rule.SECOND_MOMENT if kind == "v" else Rule.WEIGHT
+            for kind in "wmv"
+            for name in self._parameters
+        }
+
+    def step(self) -> None:
+        warmup = min(1.0, (self._steps + 1) / self._warmup_steps) if self._warmup_steps else 1.0
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._full_lr * warmup
+        self._optimizer.step()
+        self._steps += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = self._optimizer.state
+        return (
+            {f"w.{name}": p.detach() for name, p in self._parameters.items()}
+            | {f"m.{name}": state[p]["exp_avg"] for name, p in self._parameters.items()}
+            | {f"v.{name}": state[p]["exp_avg_sq"] for name, p in self._parameters.items()}
+        )
+
+    def scalars(self) -> dict[str, float]:
+        return {"steps": float(self._steps)}
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        self._steps = int(scalars["steps"])
+        for parameter in self._parameters.values():
+            self._optimizer.state[parameter]["step"].fill_(self._steps)
+
+    @torch.no_grad()
+    def averaged(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights[name])
+            self._optimizer.state[parameter]["exp_avg"].zero_()
+            self._optimizer.state[parameter]["exp_avg_sq"].zero_()
+        self.load_scalars({"steps": 0})
+
+    @property
+    def lr(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])

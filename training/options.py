@@ -1,0 +1,274 @@
+"""Every option of a run: dataclasses that become grouped flags, and config.json.
+
+An option lives beside what it configures; its field's metadata holds the help text, the parser of its value and
+whether it is fixed for the life of a run (refused beside --resume when it differs).
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.arguments import ArgumentParser, normalise_flags
+from runtime.errors import UserError
+
+_SUFFIXES = {"k": 1024, "m": 1024**2, "g": 1024**3}
+
+
+def parse_size(text: str) -> int:
+    """ "2k" -> 2048, "350m", "1g", "1.5k" or a plain number: suffixes mean powers of 1024. Raises UserError."""
+    number, factor = (text[:-1], _SUFFIXES[text[-1].lower()]) if text[-1:].lower() in _SUFFIXES else (text, 1)
+    try:
+        size = float(number) * factor
+    except ValueError:
+        size = math.nan
+    if not math.isfinite(size) or size != int(size) or size < 1:
+        raise UserError(f"expected a size such as 512, 2k, 350m or 1g, got {text!r}: write it so")
+    return int(size)
+
+
+def parse_delimiter(text: str) -> int | None:
+    """A byte as two hexadecimal digits ("1e", "0x1e"), or "none" for one unbroken document. Raises UserError."""
+    if text.lower() == "none":
+        return None
+    try:
+        value = int(text, 16)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 255:
+        raise UserError(f"expected a byte in hexadecimal such as 1e, or none, got {text!r}: write it so")
+    return value
+
+
+def _whole(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise UserError(f"expected a whole number, got {text!r}: write it so") from None
+        if value < minimum:
+            raise UserError(f"expected a whole number of at least {minimum}, got {value}: raise it")
+        return value
+
+    return parse
+
+
+def _real(minimum: float, maximum: float = math.inf, *, above: bool = False, below: bool = False) -> Callable:
+    """A parser of numbers in [minimum, maximum]; `above` and `below` leave the ends out."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise UserError(f"expected a number, got {text!r}: write it so") from None
+        inside = (value > minimum if above else value >= minimum) and (value < maximum if below else value <= maximum)
+        if not inside or not math.isfinite(value):
+            interval = f"{'(' if above else '['}{minimum:g}, {maximum:g}{')' if below else ']'}"
+            raise UserError(f"expected a number in {interval}, got {text}: choose one inside")
+        return value
+
+    return parse
+
+
+_FRACTION = _real(0, 1)
+_POSITIVE = _real(0, above=True)
+_NOT_NEGATIVE = _real(0)
+
+
+def _option(default: Any, help: str, parse: Callable[[str], Any] = str, *, fixed: bool = False, **more: Any) -> Any:
+    metadata = {"help": help, "parse": parse, "fixed": fixed, **more}
+    if isinstance(default, list):
+        return field(default_factory=list, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataOptions:
+    """data"""
+
+    data: list[str] = _option([], "files, folders or globs of training bytes; memory-mapped", many=True, fixed=True)
+    val_data: list[str] = _option(
+        [], "files, folders or globs to validate on (default: the tail of --data)", many=True, fixed=True
+    )
+    val_fraction: float = _option(
+        0.05, "share of --data, at its end, held out for validation when there is no --val_data",
+        _real(0, 1, below=True), fixed=True,
+    )  # fmt: skip
+    val_bytes: int = _option(256 * 1024, "most bytes that one validation reads, from the start of the held-out data",
+                             parse_size)  # fmt: skip
+    chunk_size: int = _option(256, "bytes of a lane that one forward and backward pass sees", parse_size)
+    batch_size: int = _option(8, "lanes: places of the data that are read in parallel", _whole(1))
+    document_delimiter: int | None = _option(
+        0x1E, "byte that ends a document, in hexadecimal, or none", parse_delimiter, fixed=True, show="1e"
+    )
+
+
+@dataclass
+class ModelOptions:
+    """model"""
+
+    params: int | None = _option(None, "parameters to build, within 1 %% (15m, 350m, 1g, 7g); 15m if no --dim and "
+                                 "--depth are given", parse_size, fixed=True)  # fmt: skip
+    dim: int | None = _option(None, "width of the model", parse_size, fixed=True)
+    depth: int | None = _option(None, "number of layers", _whole(1), fixed=True)
+    expansion_factor: float = _option(1.5, "width of the recurrence over --dim", _POSITIVE, fixed=True)
+    ff_mult: float = _option(4.0, "width of the feed-forward over --dim; 0: no feed-forward", _NOT_NEGATIVE, fixed=True)
+    enable_conv: bool = _option(False, "a causal depthwise convolution of 4 taps before each recurrence", fixed=True)
+    dropout: float = _option(0.0, "chance that a layer's output element is dropped in training",
+                             _real(0, 1, below=True), fixed=True)  # fmt: skip
+
+
+@dataclass
+class OptimizerOptions:
+    """optimisation"""
+
+    lr: float = _option(3e-3, "learning rate", _POSITIVE)
+    weight_decay: float = _option(0.01, "decoupled weight decay of the matrices", _NOT_NEGATIVE)
+    warmup_steps: int = _option(100, "steps of linear warm-up", _whole(0))
+    grad_accum: int = _option(1, "chunks whose gradients make one optimizer step", _whole(1))
+    grad_clip: float = _option(1.0, "largest gradient norm; 0: no clipping", _NOT_NEGATIVE)
+    sf_beta: float = _option(0.9, "schedule-free interpolation (AdamW: first moment's decay)",
+                             _real(0, 1, above=True, below=True), fixed=True)  # fmt: skip
+    sf_beta2: float = _option(0.99, "second moment's decay", _real(0, 1, above=True, below=True), fixed=True)
+    schedulefree: bool = _option(True, "schedule-free AdamW; --no_schedulefree: plain AdamW", fixed=True)
+    seed: int = _option(42, "seed of the initial weights (shared by all ranks) and of the data order", _whole(0),
+                        fixed=True)  # fmt: skip
+
+
+@dataclass
+class RunOptions:
+    """run"""
+
+    train_steps: int | None = _option(None, "optimizer steps in all (default: until stopped)", parse_size)
+    max_minutes: float | None = _option(None, "minutes that this launch trains (default: until stopped)", _POSITIVE)
+    output: str | None = _option(None, "run directory to create (default, one rank only: runs/<date>_<time>)")
+    resume: str | None = _option(None, "run directory to go on with, in place")
+    init_from: str | None = _option(None, "checkpoint whose averaged weights a new run starts from")
+    save_every: int = _option(500, "mean steps between a rank's checkpoints, over the population", parse_size)
+    keep_checkpoints: int = _option(2, "newest checkpoints kept of each rank", _whole(1))
+    keep_elite: int = _option(5, "best checkpoints kept of the population", _whole(0))
+    archive_rate: float = _option(0.0, "share of the checkpoints about to go that is kept as archive_001.pt ...",
+                                  _FRACTION)  # fmt: skip
+    val_every: int = _option(200, "steps between validations; 0: never", _whole(0))
+    log_every: int = _option(10, "steps between lines of the log and of the metrics", _whole(1))
+    cuda: bool = _option(False, "train on an NVIDIA GPU")
+    rocm: bool = _option(False, "train on an AMD GPU")
+    cpu: bool = _option(False, "train on the CPU")
+
+
+@dataclass
+class PopulationOptions:
+    """population"""
+
+    gossip_mixing_rate: float = _option(0.02, "chance a step that this rank calls a random peer", _FRACTION)
+    gossip_merge_method: str = _option("recombination", "clonal: the loser takes the winner's weights; recombination: "
+                                       "it moves towards them; average: both take the mean",
+                                       choices=("clonal", "recombination", "average"))  # fmt: skip
+    gossip_recombination_alpha: float = _option(0.5, "how far a loser moves towards the winner, 0 ... 1", _FRACTION)
+    gossip_optimizer_recombination: str = _option(
+        "interpolate", "after a merge, second moments are interpolated, or the optimizer starts afresh",
+        choices=("reset", "interpolate"),
+    )  # fmt: skip
+    gossip_fitness_decay: float = _option(0.95, "decay a step of the training loss's moving average, the fitness",
+                                          _real(0, 1, below=True))  # fmt: skip
+    gossip_host: str | None = _option(None, "address, host name or interface to listen on (default: loopback if all "
+                                      "ranks are on this host, else the default route's)")  # fmt: skip
+    gossip_port: int = _option(0, "TCP port to listen on, plus the local rank; 0: any free one", _whole(0))
+    gossip_peers: list[str] = _option([], "host:port,... to call where there is no shared filesystem", many=True)
+    gossip_heartbeat: float = _option(2.0, "seconds between a rank's signs of life", _POSITIVE)
+    gossip_liveness: float = _option(30.0, "seconds without a sign of life after which a rank counts as dead",
+                                     _POSITIVE)  # fmt: skip
+    gossip_timeout: float = _option(120.0, "seconds that one exchange may take in all", _POSITIVE)
+    filesystem_coordinator: bool = _option(
+        True, "find peers, rank them and keep elites through the run directory; --no_filesystem_coordinator: "
+        "only --gossip_peers",
+    )  # fmt: skip
+    fitness_weighted_checkpointing: bool = _option(True, "better ranks save more often, at random steps; "
+                                                   "--no_...: every --save_every steps")  # fmt: skip
+    elite_checkpoint_multiplier: float = _option(4.0, "how much likelier the best rank saves than the last",
+                                                 _real(1))  # fmt: skip
+    rejuvenation_probability: float = _option(0.0, "chance a step that one of the worst ranks merges an elite",
+                                              _FRACTION)  # fmt: skip
+    rejuvenation_threshold: float = _option(0.25, "share of the ranking, from its end, that counts as worst", _FRACTION)
+
+
+@dataclass
+class Options:
+    """All options of a run, by group."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    population: PopulationOptions = field(default_factory=PopulationOptions)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Nested plain values, for config.json."""
+        return dataclasses.asdict(self)
+
+
+def parse_arguments(argv: Sequence[str], description: str) -> dict[str, Any]:
+    """The flags that were given, by name; nothing for the others. Prints --help and exits. Raises UserError."""
+    parser = ArgumentParser(
+        description=description, argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
+    )  # fmt: skip
+    for group_field in dataclasses.fields(Options):
+        group = parser.add_argument_group(group_field.default_factory.__doc__)
+        for option in dataclasses.fields(group_field.default_factory):
+            _add_flag(group, option)
+    return vars(parser.parse_args(normalise_flags(argv)))
+
+
+def _add_flag(group: argparse._ArgumentGroup, option: dataclasses.Field) -> None:
+    name, meta, default = option.name, option.metadata, option.default
+    if isinstance(default, bool):
+        group.add_argument(
+            f"--{name}", action="store_true", help=f"{meta['help']} (default: {'on' if default else 'off'})"
+        )
+        if default:
+            group.add_argument(f"--no_{name}", dest=name, action="store_false", help=f"not --{name}")
+        return
+    shown = meta.get("show", default)
+    suffix = "" if default in (None, dataclasses.MISSING) else f" (default: {shown})"
+    if meta.get("many"):
+        group.add_argument(f"--{name}", nargs="+", metavar="X", help=meta["help"])
+    else:
+        metavar = {str: "X", parse_size: "SIZE"}.get(meta["parse"], "N")
+        group.add_argument(
+            f"--{name}", choices=meta.get("choices"), metavar=None if meta.get("choices") else metavar,
+            type=_argparse_type(meta["parse"]), help=meta["help"] + suffix,
+        )  # fmt: skip
+
+
+def _argparse_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def resolve_options(given: Mapping[str, Any], stored: Mapping[str, Mapping[str, Any]] | None = None) -> Options:
+    """Options from the flags `given`, over those of a resumed run's config.json (`stored`), over the defaults.
+
+    Raises UserError where a flag beside --resume contradicts what is fixed for the life of a run.
+    """
+    options = Options()
+    for group_field in dataclasses.fields(Options):
+        group = getattr(options, group_field.name)
+        for option in dataclasses.fields(group):
+            old = (stored or {}).get(group_field.name, {})
+            value = old.get(option.name, getattr(group, option.name))
+            new = given.get(option.name, value)
+            if option.name in old and option.metadata["fixed"] and new != value:
+                raise UserError(
+                    f"expected --{option.name} {value} of the resumed run, got {new}: leave the flag out, or start "
+                    "a new run with --init_from"
+                )
+            setattr(group, option.name, new)
+    return options

@@ -1,0 +1,93 @@
+"""Which checkpoints stay: the newest of every rank, the population's best, and a share of the rest as an archive.
+
+Works on names alone, so any rank may do it at any moment, and two at once do no harm: everybody repeats it until
+the folder is as it should be.
+"""
+
+import contextlib
+import os
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.files import replace_symlink
+from training.checkpoint import CheckpointFile, best_first, list_checkpoints
+
+_ARCHIVE = re.compile(r"archive_(\d{3,})\.pt")
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class RetentionPolicy:
+    """keep_checkpoints: newest files of each rank; keep_elite: best of the population; archive_rate: 0 ... 1."""
+
+    keep_checkpoints: int
+    keep_elite: int
+    archive_rate: float
+
+
+def tidy(run_dir: Path, policy: RetentionPolicy, dice: random.Random) -> None:
+    """Point the symlinks latest.pt, best.pt, elite_01.pt ... and remove or archive what the policy does not keep.
+
+    Links move before files go, so a link never dangles for longer than two ranks tidy at once. Raises OSError.
+    """
+    for _ in range(_ROUNDS):
+        files = list_checkpoints(run_dir)
+        if not files:
+            return
+        kept, links = plan(files, policy)
+        changed = _point_links(run_dir, links)
+        for file in files:
+            if file.path not in kept:
+                changed = True
+                _retire(file.path, dice.random() < policy.archive_rate)
+        if not changed:
+            return
+
+
+def plan(files: list[CheckpointFile], policy: RetentionPolicy) -> tuple[set[Path], dict[str, str]]:
+    """The paths to keep, and the symlinks (name -> file name) to have."""
+    newest: dict[int, list[CheckpointFile]] = {}
+    for file in files:
+        newest.setdefault(file.rank, []).append(file)
+    ranking = best_first(files)
+    elite = [file for file in ranking[: policy.keep_elite] if file.loss is not None]
+    kept = elite + [file for own in newest.values() for file in own[-policy.keep_checkpoints :]]
+    links = {
+        "latest.pt": max(kept, key=lambda file: (file.step, -file.rank)).path.name,
+        "best.pt": best_first(kept)[0].path.name,
+    }
+    links |= {f"elite_{place:02d}.pt": file.path.name for place, file in enumerate(elite, start=1)}
+    return {file.path for file in kept}, links
+
+
+def _point_links(run_dir: Path, links: dict[str, str]) -> bool:
+    changed = False
+    for name, target in links.items():
+        link = run_dir / name
+        if not (link.is_symlink() and os.readlink(link) == target):
+            replace_symlink(link, target)
+            changed = True
+    for link in run_dir.glob("elite_*.pt"):
+        if link.name not in links:
+            link.unlink(missing_ok=True)
+            changed = True
+    return changed
+
+
+def _retire(path: Path, archive: bool) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another rank was faster
+        if not archive:
+            path.unlink()
+            return
+        taken = [int(match[1]) for match in map(_ARCHIVE.fullmatch, os.listdir(path.parent)) if match]
+        number = max(taken, default=0) + 1
+        while True:
+            try:
+                # A link, unlike a rename, fails where another rank has just taken the number.
+                os.link(path, path.with_name(f"archive_{number:03d}.pt"))
+                break
+            except FileExistsError:
+                number += 1
+        path.unlink()

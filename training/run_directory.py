@@ -1,0 +1,125 @@
+"""A run's folder: what is where in it, who may start in it, and config.json, which says what the run is."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mingru.minLM import ModelConfig
+from runtime.errors import UserError
+from runtime.files import atomic_write
+from runtime.ranks import Identity
+from training.metrics import MetricsFile
+from training.options import Options
+
+FITNESS_KIND = "moving average of the training loss, nats per byte"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one rank in one run. Logs lie beside the runs, in the working directory, named after the run."""
+
+    path: Path
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def population(self) -> Path:
+        return self.path / "population"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics" / f"rank_{self.rank:04d}.tsv"
+
+    @property
+    def log(self) -> Path:
+        return Path("logs") / f"train_{self.name}_rank_{self.rank:04d}.log"
+
+    @property
+    def event_log(self) -> Path:
+        return Path("gossip_logs") / f"{self.name}_rank_{self.rank:04d}.tsv"
+
+    def claim(self, identity: Identity) -> None:
+        """Take this rank's place in a new run. Raises UserError if the folder already holds a run.
+
+        The first rank to come writes population/launch.json; a rank that finds another world's there, or its own
+        metrics, is not part of this run.
+        """
+        taken = UserError(
+            f"expected a new or empty run directory, got {self.path}, which already holds a run: --resume "
+            f"{self.path}, or choose another --output"
+        )
+        try:
+            self.population.mkdir(parents=True, exist_ok=True)
+            launch = self.population / "launch.json"
+            content = json.dumps({"world_size": identity.world_size}) + "\n"
+            draft = launch.with_name(f".launch.{socket.gethostname()}.{os.getpid()}.tmp")
+            atomic_write(draft, content)
+            try:
+                os.link(draft, launch)  # unlike a rename, fails where another rank was first
+            except FileExistsError:
+                if launch.read_text() != content:
+                    raise taken from None
+            finally:
+                draft.unlink()
+            MetricsFile(self.metrics).create()
+        except FileExistsError:
+            raise taken from None
+        except OSError as error:
+            raise UserError(
+                f"expected a writable --output, got {self.path}: {error.strerror}; choose another or mend it"
+            ) from None
+
+    def stored_options(self) -> dict[str, dict[str, Any]]:
+        """The options in config.json of a run to resume. Raises UserError if there is no such run."""
+        try:
+            options = json.loads(self.config.read_text())["options"]
+            return {group: dict(values) for group, values in options.items()}
+        except FileNotFoundError:
+            raise UserError(f"expected a run directory to resume, got {self.path} without config.json") from None
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"expected a readable config.json in {self.path}, got {error}: mend the file") from None
+
+    def write_config(
+        self, options: Options, model: ModelConfig, parameters: int, identity: Identity, device: str
+    ) -> None:
+        """Write config.json: all options resolved, the model, and what is needed to repeat the run."""
+        content = {
+            "run": self.name,
+            "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "world_size": identity.world_size,
+            "parameters": parameters,
+            "model": model.to_dict(),
+            "fitness": FITNESS_KIND,
+            "options": options.to_dict(),
+            "git": git_revision(),
+            "versions": {"python": platform.python_version()}
+            | {package: version(package) for package in ("torch", "numpy", "schedulefree", "blake3")},
+            "host": socket.gethostname(),
+            "device": device,
+        }
+        atomic_write(self.config, json.dumps(content, indent=2) + "\n")
+
+
+def git_revision() -> str | None:
+    """The commit of this source tree, with "-dirty" if it was changed; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

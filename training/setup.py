@@ -1,0 +1,156 @@
+"""From options to parts: which run, which model, which data, which weights. Every user's mistake is found here."""
+
+import dataclasses
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossip.evolutionary_node import GossipConfig
+from gossip.secret import run_secret
+from mingru.minLM import MinLM, ModelConfig
+from mingru.sizing import parameter_count, resolve_config
+from runtime.errors import UserError
+from runtime.ranks import Identity
+from training.checkpoint import CheckpointError, CheckpointFile, read_for_use, read_own_checkpoint, resume_candidates
+from training.data import Corpus, Region, find_files
+from training.optimizer import TrainedWeights
+from training.options import Options, resolve_options
+from training.run_directory import FITNESS_KIND, RunDirectory
+
+CONV_KERNEL_SIZE = 4  # as in the paper's language model
+DEFAULT_PARAMETERS = 15 * 1024**2
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from."""
+
+    file: CheckpointFile
+    content: dict[str, Any]
+
+
+def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, RunDirectory]:
+    """The options in force and the run directory: a new one, or the one to resume."""
+    if "resume" in given:
+        if "init_from" in given:
+            raise UserError("expected --resume or --init_from, got both: a resumed run has its weights")
+        run = RunDirectory(Path(given["resume"]), identity.rank)
+        if "output" in given and Path(given["output"]).resolve() != run.path.resolve():
+            raise UserError("expected --resume to go on in its own folder, got another --output: leave it out")
+        stored = run.stored_options()
+        if any(name in given for name in ("cuda", "rocm", "cpu")):
+            stored.get("run", {}).update(cuda=False, rocm=False, cpu=False)
+        return resolve_options(given, stored), run
+    options = resolve_options(given)
+    if options.run.output is None:
+        if identity.world_size > 1:
+            raise UserError("expected --output for a population of several ranks, got none: name one folder for all")
+        options.run.output = f"runs/{datetime.now():%Y%m%d_%H%M%S}"
+    return options, RunDirectory(Path(options.run.output), identity.rank)
+
+
+def read_resumed(run: RunDirectory, identity: Identity) -> Resumed:
+    """The checkpoint to go on from: the first whole one of the candidates; those passed over are named."""
+    for file in resume_candidates(run.path, identity.rank, identity.world_size):
+        try:
+            return Resumed(file, read_own_checkpoint(file.path))
+        except CheckpointError as error:
+            print(f"warning: rank {identity.rank} passes over a checkpoint: {error}", file=sys.stderr)
+    raise UserError(f"expected a whole checkpoint to resume, got none in {run.path}: start a new run")
+
+
+def choose_model(options: Options, given: Mapping[str, Any], resumed: Resumed | None) -> ModelConfig:
+    """The model's shape: that of the checkpoint that the run goes on from, else that of the options."""
+    if resumed:
+        return ModelConfig.from_dict(resumed.content["model_config"])
+    wanted = options.model
+    kernel = CONV_KERNEL_SIZE if wanted.enable_conv else None
+    params = wanted.params
+    if params is None and wanted.dim is None and wanted.depth is None:
+        params = DEFAULT_PARAMETERS
+    shape = {"expansion": wanted.expansion_factor, "ff_mult": wanted.ff_mult, "conv_kernel_size": kernel}
+    if options.run.init_from is None:
+        return resolve_config(params=params, dim=wanted.dim, depth=wanted.depth, dropout=wanted.dropout, **shape)
+    config = read_for_use(Path(options.run.init_from))[0]
+    flags = {"dim": "dim", "depth": "depth", "expansion_factor": "expansion", "ff_mult": "ff_mult"}
+    for flag, name in flags.items():
+        if flag in given and given[flag] != getattr(config, name):
+            raise UserError(
+                f"expected --{flag} {getattr(config, name)} of {options.run.init_from}, got {given[flag]}: leave it out"
+            )
+    if "enable_conv" in given and config.conv_kernel_size is None:
+        raise UserError(f"expected no --enable_conv, as in {options.run.init_from}, got it: leave it out")
+    if "params" in given and abs(parameter_count(config) / given["params"] - 1) > 0.01:
+        raise UserError(f"expected --params {parameter_count(config)} of {options.run.init_from}: leave it out")
+    return dataclasses.replace(config, dropout=wanted.dropout)
+
+
+def open_data(options: Options) -> tuple[Corpus, Region, Region | None]:
+    """The corpus, the part to train on and the part held out."""
+    data = options.data
+    if not data.data:
+        raise UserError("expected --data with files, folders or globs, got none: name the bytes to train on")
+    corpus = Corpus(find_files(data.data), data.document_delimiter)
+    if data.val_data:
+        held_out_corpus = Corpus(find_files(data.val_data), data.document_delimiter)
+        return corpus, Region(corpus, 0, len(corpus)), Region(held_out_corpus, 0, len(held_out_corpus))
+    training_region, held_out = corpus.split(data.val_fraction)
+    if options.run.val_every and held_out is not None and len(held_out) < 2:
+        raise UserError(
+            f"expected at least 2 held-out bytes, got {len(held_out)}: raise --val_fraction, or set --val_every 0"
+        )
+    return corpus, training_region, held_out
+
+
+def initial_weights(options: Options, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """What a new run starts from, on the CPU: --init_from, or an initialisation that all ranks share by its seed."""
+    if options.run.init_from:
+        return read_for_use(Path(options.run.init_from))[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.optimizer.seed)
+        return MinLM(config).state_dict()
+
+
+def terms(options: Options, weights: TrainedWeights, corpus: Corpus) -> dict[str, Any]:
+    """What both ends of an exchange must have in common, besides the tensors."""
+    return {
+        "optimizer": weights.family,
+        "sf_beta": options.optimizer.sf_beta,
+        "fitness": FITNESS_KIND,
+        "merge_method": options.population.gossip_merge_method,
+        "recombination_alpha": options.population.gossip_recombination_alpha,
+        "data": corpus.fingerprint,
+    }
+
+
+def gossip_config(options: Options, identity: Identity) -> GossipConfig:
+    """The population's options as gossip knows them."""
+    population = options.population
+    return GossipConfig(
+        mixing_rate=population.gossip_mixing_rate,
+        merge_method=population.gossip_merge_method,
+        recombination_alpha=population.gossip_recombination_alpha,
+        host=population.gossip_host,
+        port=population.gossip_port + identity.local_rank if population.gossip_port else 0,
+        peers=tuple(peer for text in population.gossip_peers for peer in text.split(",") if peer),
+        filesystem_coordinator=population.filesystem_coordinator,
+        heartbeat_seconds=population.gossip_heartbeat,
+        liveness_seconds=population.gossip_liveness,
+        exchange_seconds=population.gossip_timeout,
+    )
+
+
+def choose_secret(options: Options, run: RunDirectory) -> bytes:
+    """The run's secret: from the environment or the run directory; without a way to meet anybody, nobody's."""
+    if options.population.filesystem_coordinator:
+        return run_secret(run.population, os.environ)
+    if options.population.gossip_peers:
+        return run_secret(None, os.environ)
+    return secrets.token_bytes(32)

@@ -1,0 +1,52 @@
+"""Fixtures of the tests that train: a small text, and train.py called in this process."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+WORDS = "the quick brown fox jumps over a lazy dog and runs far away from every hungry wolf in this deep forest".split()
+
+# The smallest run that still has layers, lanes, documents and a held-out part.
+TINY = ["--dim", "16", "--depth", "2", "--batch_size", "2", "--chunk_size", "32", "--cpu", "--val_bytes", "512"]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """About 40 kB of made-up sentences in documents of a few hundred bytes."""
+    dice = random.Random(0)
+    documents = [" ".join(dice.choices(WORDS, k=dice.randint(20, 120))) + ".\x1e" for _ in range(120)]
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(documents))
+    return path
+
+
+@pytest.fixture
+def run_train(text, tmp_path, monkeypatch):
+    """train.py's main in an empty working directory, on one thread: run_train("out", "--lr", "0.1") -> run directory.
+
+    The first argument is the run directory; None leaves --output out. Flags after it override the tiny defaults.
+    """
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "GRUBOROS_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(output: str | None, *flags: str) -> Path:
+        place = [] if output is None else ["--output", output]
+        status = train.main([*TINY, "--data", str(text), *place, *flags])
+        assert status == 0
+        return tmp_path / (output or "")
+
+    yield run
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,207 @@
+"""What the training loop does at its edges: averaged weights, non-finite losses, failing disks, signals, merges."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from tests.test_resume import QUIET, metrics_rows, newest
+from training.checkpoint import list_checkpoints
+from training.data import validation_chunks
+from training.loop import Trainer
+
+
+@pytest.fixture
+def trainers(monkeypatch) -> list[Trainer]:
+    """The Trainers that train.main makes, in the order it makes them."""
+    made = []
+
+    class Recorded(Trainer):
+        def __init__(self, parts) -> None:
+            super().__init__(parts)
+            made.append(self)
+
+    monkeypatch.setattr(train, "Trainer", Recorded)
+    return made
+
+
+def held_out_loss(trainer: Trainer, weights: dict[str, torch.Tensor]) -> float:
+    """The held-out loss of `weights`, put into the model for good, a byte at a time through the public forward."""
+    trainer.model.load_state_dict(weights)
+    trainer.model.eval()
+    losses, state = [], None
+    data = trainer.options.data
+    with torch.no_grad():
+        for chunk in validation_chunks(trainer.parts.held_out, data.batch_size, data.chunk_size, data.val_bytes):
+            for t in range(chunk.reset_BT.shape[1]):
+                ids = torch.from_numpy(chunk.ids_BS)
+                logits, state = trainer.model(ids[:, t : t + 1], state, torch.from_numpy(chunk.reset_BT)[:, t : t + 1])
+                losses.append(F.cross_entropy(logits[:, 0], ids[:, t + 1].long(), reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+def test_validation_and_the_checkpoints_weights_are_x_while_training_is_y(run_train, trainers):
+    run_dir = run_train("run", "--train_steps", "30", "--lr", "0.02", "--warmup_steps", "0", *QUIET)
+    (trainer,) = trainers
+    content = newest(run_dir)
+    y = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    x = trainer.weights.averaged()
+    measured = trainer.validate()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, y[name])  # validating left training's weights alone
+        assert torch.equal(content["model_state_dict"][name], x[name])
+        assert torch.equal(content["training"]["tensors"][f"y.{name}"], y[name])
+    loss_of_y, loss_of_x = held_out_loss(trainer, y), held_out_loss(trainer, x)
+    assert abs(loss_of_x - loss_of_y) > 1e-3  # else this could not tell them apart
+    assert measured == pytest.approx(loss_of_x, abs=1e-5)
+
+
+def test_a_step_trains_on_every_chunk_and_carries_the_state(run_train, trainers):
+    run_train("run", "--train_steps", "1", "--lr", "1e-30", "--document_delimiter", "none", *QUIET)
+    (trainer,) = trainers
+    # With weights that stand still, the next steps' losses are those of one long chunk.
+    start = trainer.parts.lanes.state_dict()
+    trainer.state = trainer.model.initial_state(2)
+    losses = []
+    for _ in range(3):
+        trainer.train_step()
+        losses.append(trainer.loss)
+    trainer.parts.lanes.load_state_dict(start)
+    trainer.parts.lanes.chunk_size = 96
+    trainer.state = trainer.model.initial_state(2)
+    trainer.train_step()
+    assert trainer.loss == pytest.approx(sum(losses) / 3, abs=1e-5)
+
+
+def test_a_non_finite_gradient_is_not_applied_and_is_logged(run_train, trainers, monkeypatch, tmp_path):
+    original = Trainer.train_step
+    seen = {}
+
+    def poisoned(self):
+        if self.totals.step == 5 and not seen:
+            hook = self.model.token_emb.weight.register_hook(lambda grad: grad * math.nan)
+            before = {name: tensor.clone() for name, tensor in self.weights.tensors().items()}
+            seen["finite"] = original(self)
+            hook.remove()
+            seen["same"] = all(torch.equal(tensor, before[name]) for name, tensor in self.weights.tensors().items())
+            return seen["finite"]
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    run_dir = run_train("run", "--train_steps", "10", *QUIET)
+    assert seen == {"finite": False, "same": True}
+    assert newest(run_dir)["step"] == 10
+    assert "\tnon_finite\t" in (tmp_path / "gossip_logs" / "run_rank_0000.tsv").read_text()
+    assert "not finite" in (tmp_path / "logs" / "train_run_rank_0000.log").read_text()
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["to-its-checkpoint", "to-the-initial-weights"])
+def test_several_non_finite_losses_in_a_row_return_to_the_last_good_state(run_train, monkeypatch, tmp_path, saved):
+    original = Trainer.train_step
+    poisoned = []
+
+    def poison(self):
+        if self.totals.step == 20 and not poisoned:
+            poisoned.append(self)
+            for tensor in self.weights.tensors().values():
+                tensor.fill_(math.nan)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", poison)
+    flags = ["--no_fitness_weighted_checkpointing", "--save_every", "16" if saved else "1000", "--val_every", "0"]
+    run_dir = run_train("run", "--train_steps", "25", *flags)
+    log = (tmp_path / "logs" / "train_run_rank_0000.log").read_text()
+    source = "checkpoint_rank_0000_step_000016" if saved else "the initial weights"
+    assert f"returned: to {source}" in log
+    assert log.count("not applied") == 3
+    for tensor in newest(run_dir)["training"]["tensors"].values():
+        assert bool(torch.isfinite(tensor).all())
+
+
+def test_losses_that_stay_non_finite_end_the_rank_with_an_error(run_train, monkeypatch, capsys):
+    def poison(self):
+        return False
+
+    monkeypatch.setattr(Trainer, "train_step", poison)
+    with pytest.raises(AssertionError, match="assert 1 == 0"):  # the fixture's: the status was 1
+        run_train("run", "--train_steps", "5", *QUIET)
+    assert "error: rank 0: losses stay non-finite" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_a_save_is_logged_and_training_goes_on(text, tmp_path):
+    # A limit on the size of files fails the checkpoint (about 200 kB), in the middle of its writing, and nothing else.
+    root = Path(__file__).parents[1]
+    script = (
+        "import resource, sys; sys.argv[0] = 'train.py'; import train, training.loop as loop\n"
+        "original = loop.Trainer.save\n"
+        "def save(self, why=''):\n"
+        "    limit = 50_000 if self.totals.step == 32 else resource.RLIM_INFINITY\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "    original(self, why)\n"
+        "loop.Trainer.save = save\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    flags = ["--data", str(text), "--output", "run", "--dim", "16", "--depth", "2", "--batch_size", "2", "--cpu",
+             "--chunk_size", "32", "--train_steps", "40", "--save_every", "16", "--no_fitness_weighted_checkpointing",
+             "--val_every", "0", "--keep_checkpoints", "9"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", script, *flags], cwd=tmp_path, env=environment, check=True, timeout=120)
+    run_dir = tmp_path / "run"
+    assert [file.step for file in list_checkpoints(run_dir)] == [16, 40]
+    assert newest(run_dir)["step"] == 40
+    events = (tmp_path / "gossip_logs" / "run_rank_0000.tsv").read_text()
+    assert "save_failed" in events and "File too large" in events
+    assert not list(run_dir.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("number", "stops"), [(signal.SIGUSR1, False), (signal.SIGTERM, True), (signal.SIGINT, True)], ids=lambda v: str(v)
+)
+def test_signals_save_and_stop_or_go_on(run_train, monkeypatch, tmp_path, number, stops):
+    original = Trainer.train_step
+
+    def step(self):
+        if self.totals.step == 7:
+            os.kill(os.getpid(), number)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    run_dir = run_train("run", "--train_steps", "20", "--keep_checkpoints", "9", *QUIET)
+    assert [file.step for file in list_checkpoints(run_dir)] == ([8] if stops else [8, 20])
+    log = (tmp_path / "logs" / "train_run_rank_0000.log").read_text()
+    assert ("stopped by a signal" in log) == stops
+
+
+def test_a_clone_brings_the_counters_and_a_reset_restarts_the_optimizer(run_train, trainers):
+    run_train("run", "--train_steps", "20", *QUIET)
+    (trainer,) = trainers
+    assert trainer.parts.tracker.fitness is not None
+    counters = trainer.weights.scalars()
+    trainer._weights_replaced(None)
+    assert trainer.weights.scalars() == counters
+    assert trainer.parts.tracker.fitness is None  # what was measured described other weights
+    trainer._weights_replaced({**counters, "k": 7.0})
+    assert trainer.weights.scalars()["k"] == 7
+    trainer.options.population.gossip_optimizer_recombination = "reset"
+    x = trainer.weights.averaged()
+    trainer._weights_replaced(None)
+    assert trainer.weights.scalars()["k"] == 0
+    for name, tensor in trainer.weights.tensors().items():
+        kind, parameter = name.split(".", 1)
+        assert torch.equal(tensor, torch.zeros_like(tensor) if kind == "v" else x[parameter])
+
+
+def test_metrics_count_what_was_trained(run_train):
+    run_dir = run_train("run", "--train_steps", "10", "--grad_accum", "3", *QUIET)
+    rows = metrics_rows(run_dir)
+    assert [int(row["bytes_seen"]) for row in rows] == [5 * 3 * 64, 10 * 3 * 64]
+    assert 0 < int(rows[-1]["documents"]) < 60
+    assert all(float(row["bytes_per_s"]) > 0 and float(row["grad_norm"]) > 0 for row in rows)
+    assert float(rows[0]["loss"]) == pytest.approx(math.log(256), rel=0.2)

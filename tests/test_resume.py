@@ -1,0 +1,167 @@
+"""Going on exactly where a run stopped, and what may and may not change on the way."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from runtime.errors import UserError
+from training.checkpoint import list_checkpoints, read_checkpoint
+
+QUIET = ["--save_every", "1000", "--val_every", "0", "--log_every", "5"]
+
+
+def newest(run_dir, rank=0) -> dict:
+    return read_checkpoint([file for file in list_checkpoints(run_dir) if file.rank == rank][-1].path)
+
+
+def assert_same(one, other, where="") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}/{key}")
+    else:
+        assert one == other, where
+
+
+def metrics_rows(run_dir, rank=0) -> list[dict]:
+    header, *lines = (run_dir / "metrics" / f"rank_{rank:04d}.tsv").read_text().splitlines()
+    return [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--enable_conv", "--dropout", "0.2", "--grad_accum", "2"],
+        ["--no_schedulefree", "--ff_mult", "0"],
+        ["--document_delimiter", "none"],
+    ],
+    ids=["plain", "conv-dropout-accum", "adamw", "one-document"],
+)
+def test_resume_10_and_10_steps_equal_20_bit_for_bit(run_train, flags):
+    whole = run_train("whole", "--train_steps", "20", *QUIET, *flags)
+    run_train("parts", "--train_steps", "10", *QUIET, *flags)
+    train.main(["--resume", "parts", "--train_steps", "20"])
+    parts = whole.parent / "parts"
+    one, other = newest(whole), newest(parts)
+    for content in (one, other):
+        assert content["step"] == 20
+        content["training"]["totals"].pop("seconds")
+    assert_same(one, other)
+    changing = ("time_s", "bytes_per_s")
+    for a, b in zip(metrics_rows(whole), metrics_rows(parts), strict=True):
+        assert {k: v for k, v in a.items() if k not in changing} == {k: v for k, v in b.items() if k not in changing}
+
+
+def test_resume_writes_its_metrics_on_in_the_same_file(run_train):
+    run_dir = run_train("run", "--train_steps", "10", *QUIET)
+    train.main(["--resume", "run", "--train_steps", "20"])
+    assert [row["step"] for row in metrics_rows(run_dir)] == ["5", "10", "15", "20"]
+    seen = [int(row["bytes_seen"]) for row in metrics_rows(run_dir)]
+    assert seen == [step * 2 * 32 for step in (5, 10, 15, 20)]
+
+
+def test_resume_takes_new_rates_batch_and_chunk_sizes(run_train):
+    run_dir = run_train("run", "--train_steps", "10", *QUIET)
+    before = newest(run_dir)["training"]
+    train.main(["--resume", "run", "--train_steps", "11", "--batch_size", "5", "--chunk_size", "48", "--lr", "0.5"])
+    after = newest(run_dir)["training"]
+    places = [position + 48 for position in before["lanes"]["positions"]]
+    assert after["lanes"]["positions"][:2] == places
+    assert len(after["lanes"]["positions"]) == after["state"]["hidden"].shape[1] == 5
+    options = json.loads((run_dir / "config.json").read_text())["options"]
+    assert (options["optimizer"]["lr"], options["data"]["chunk_size"]) == (0.5, 48)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dim", "32"], "--dim"),
+        (["--seed", "7"], "--seed"),
+        (["--no_schedulefree"], "--schedulefree"),
+        (["--data", __file__], "--data"),
+        (["--output", "elsewhere"], "--output"),
+        (["--init_from", "x.pt"], "--init_from"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:20],
+)
+def test_resume_refuses_what_may_not_change(run_train, flags, message):
+    run_train("run", "--train_steps", "2", *QUIET)
+    with pytest.raises(UserError, match=message):
+        train.main(["--resume", "run", *flags])
+
+
+def test_resume_refuses_what_is_no_run(run_train, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for place in ("empty", "absent"):
+        with pytest.raises(UserError, match=r"config\.json"):
+            train.main(["--resume", place])
+
+
+def test_resume_refuses_a_run_without_a_whole_checkpoint(run_train):
+    run_dir = run_train("run", "--train_steps", "2", *QUIET)
+    for file in list_checkpoints(run_dir):
+        file.path.write_bytes(file.path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="whole checkpoint"):
+        train.main(["--resume", "run", "--train_steps", "4"])
+    for file in list_checkpoints(run_dir):
+        file.path.unlink()
+    with pytest.raises(UserError, match="checkpoint to resume"):
+        train.main(["--resume", "run", "--train_steps", "4"])
+
+
+def test_resume_passes_over_a_broken_checkpoint_for_the_next_older_and_says_so(run_train, capsys):
+    flags = ["--no_fitness_weighted_checkpointing", "--save_every", "16", "--val_every", "0"]
+    run_dir = run_train("run", "--train_steps", "40", *flags)
+    files = list_checkpoints(run_dir)
+    files[-1].path.write_bytes(files[-1].path.read_bytes()[:-100])
+    train.main(["--resume", "run", "--train_steps", "41"])
+    assert (
+        f"passes over a checkpoint: expected a whole checkpoint, got run/{files[-1].path.name}"
+        in capsys.readouterr().err
+    )
+    log = (run_dir.parent / "logs" / "train_run_rank_0000.log").read_text()
+    assert f"resumed {files[-2].path.name}" in log
+
+
+def test_resume_with_more_ranks_starts_the_new_ones_from_the_best(run_train, monkeypatch):
+    run_dir = run_train("run", "--train_steps", "20", *QUIET)
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    train.main(["--resume", "run", "--train_steps", "21", "--lr", "1e-30"])
+    old, new = newest(run_dir), newest(run_dir, rank=1)
+    assert new["step"] == 21
+    base = [name for name in old["training"]["tensors"] if name.startswith("z.")]  # not moved by such a rate
+    assert_same(*({name: content["training"]["tensors"][name] for name in base} for content in (old, new)))
+    assert old["training"]["lanes"] != new["training"]["lanes"]  # at its own place in the data
+
+
+def test_init_from_starts_a_new_run_at_the_averaged_weights(run_train):
+    first = newest(run_train("first", "--train_steps", "12", *QUIET))
+    run_dir = run_train("second", "--train_steps", "1", "--init_from", "first", "--lr", "1e-30", *QUIET)
+    second = newest(run_dir)
+    assert second["step"] == 1
+    assert_same(first["model_state_dict"], second["model_state_dict"])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--dim", "24"], ["--depth", "3"], ["--enable_conv"], ["--params", "1m"]], ids=" ".join
+)
+def test_init_from_refuses_flags_that_disagree_with_the_file(run_train, flags):
+    run_train("first", "--train_steps", "1", *QUIET)
+    with pytest.raises(UserError, match="leave it out"):
+        run_train("second", "--init_from", "first", *flags)
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_seed_repeats_a_run_and_another_seed_differs(run_train, seed):
+    one = newest(run_train("one", "--train_steps", "8", "--seed", seed, *QUIET))
+    again = newest(run_train("again", "--train_steps", "8", "--seed", seed, *QUIET))
+    other = newest(run_train("other", "--train_steps", "8", "--seed", "3", *QUIET))
+    assert_same(one["training"]["tensors"], again["training"]["tensors"])
+    name = "y.token_emb.weight"
+    assert not torch.equal(one["training"]["tensors"][name], other["training"]["tensors"][name])

@@ -1,0 +1,225 @@
+"""Each flag of train.py that the other tests do not show at work, and each mistake that it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from runtime.errors import UserError
+from tests.conftest import TINY
+from tests.test_resume import QUIET, metrics_rows, newest
+from training.checkpoint import list_checkpoints
+
+
+def config(run_dir) -> dict:
+    return json.loads((run_dir / "config.json").read_text())
+
+
+def test_config_json_holds_what_is_needed_to_repeat_the_run(run_train):
+    stored = config(run_train("run", "--train_steps", "1", "--lr", "0.125", *QUIET))
+    assert stored["options"]["optimizer"]["lr"] == 0.125
+    assert stored["model"]["dim"] == 16
+    assert stored["parameters"] == sum(t.numel() for t in newest(Path("run"))["model_state_dict"].values())
+    assert {"git", "versions", "host", "device", "fitness", "command", "world_size", "run"} <= stored.keys()
+
+
+def test_params_builds_a_model_of_that_size(text, run_train, tmp_path):
+    flags = [*TINY[4:], "--data", str(text), "--output", "run", "--train_steps", "1", "--params", "1m", *QUIET]
+    assert train.main(flags) == 0
+    assert config(tmp_path / "run")["parameters"] == pytest.approx(1024**2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "check"),
+    [
+        (
+            ["--expansion_factor", "3"],
+            lambda w: w["token_emb.weight"].shape[1] * 3 in _widths(w, "to_hidden_and_gate", 2),
+        ),
+        (["--ff_mult", "0"], lambda w: not any(t.shape == (64, 16) for t in w.values())),
+        (["--ff_mult", "2"], lambda w: any(t.shape == (32, 16) for t in w.values())),
+        (["--enable_conv"], lambda w: w["layers.0.conv.taps"].shape == (4, 16)),
+        (["--depth", "3"], lambda w: sum("to_hidden_and_gate" in name for name in w) == 3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_model_flags_shape_the_weights(run_train, flags, check):
+    assert check(newest(run_train("run", "--train_steps", "1", *QUIET, *flags))["model_state_dict"])
+
+
+def _widths(weights: dict, name: str, parts: int) -> set[int]:
+    return {tensor.shape[0] // parts for key, tensor in weights.items() if name in key}
+
+
+def test_dropout_changes_training_and_not_validation(run_train):
+    flags = ["--train_steps", "5", "--lr", "1e-30", "--val_every", "5", "--log_every", "5", "--save_every", "99"]
+    (plain,) = metrics_rows(run_train("plain", *flags))
+    (dropped,) = metrics_rows(run_train("dropped", "--dropout", "0.5", *flags))
+    assert plain["loss"] != dropped["loss"]
+    assert plain["val_loss"] == dropped["val_loss"]
+
+
+def test_grad_clip_bounds_the_gradient_that_is_applied(run_train):
+    for clip in (0.0, 0.125):
+        flags = ["--train_steps", "1", "--grad_clip", str(clip), "--log_every", "1", "--sf_beta2", "0.5"]
+        run_dir = run_train(f"clip_{clip}", *flags)
+        tensors = newest(run_dir)["training"]["tensors"]
+        second_moments = sum(tensor.double().sum() for name, tensor in tensors.items() if name.startswith("v."))
+        norm = float(metrics_rows(run_dir)[0]["grad_norm"])
+        assert norm > 0.2
+        assert float(second_moments / 0.5) ** 0.5 == pytest.approx(clip or norm, rel=1e-3)
+
+
+def test_sf_beta_sets_the_distance_of_y_from_z(run_train):
+    run_dir = run_train("run", "--train_steps", "9", "--sf_beta", "0.75", *QUIET)
+    content = newest(run_dir)
+    tensors = content["training"]["tensors"]
+    for name, x in content["model_state_dict"].items():
+        torch.testing.assert_close(tensors[f"y.{name}"], 0.75 * x + 0.25 * tensors[f"z.{name}"])
+
+
+def test_val_data_replaces_the_tail_of_the_data(run_train, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_bytes(bytes(range(128, 250)) * 20)
+    flags = ["--train_steps", "40", "--lr", "0.02", "--warmup_steps", "0", "--val_every", "40", "--log_every", "40"]
+    (tail,) = metrics_rows(run_train("tail", *flags))
+    (strange,) = metrics_rows(run_train("strange", "--val_data", str(other), *flags))
+    assert float(strange["val_loss"]) > float(tail["val_loss"]) + 0.5  # it was never trained on such bytes
+    (none,) = metrics_rows(run_train("none", "--val_fraction", "0", *flags))
+    assert none["val_loss"] == "NA"
+
+
+def test_document_delimiter_sets_where_documents_end(run_train):
+    flags = ["--train_steps", "10", "--log_every", "10"]
+    spaces = metrics_rows(run_train("spaces", "--document_delimiter", "20", *flags))
+    unbroken = metrics_rows(run_train("unbroken", "--document_delimiter", "none", *flags))
+    assert int(spaces[0]["documents"]) > 60
+    assert int(unbroken[0]["documents"]) == 0
+
+
+def test_save_every_and_keep_checkpoints_without_weighting_are_exact(run_train):
+    flags = ["--no_fitness_weighted_checkpointing", "--save_every", "16", "--val_every", "0", "--train_steps", "70"]
+    steps = [file.step for file in list_checkpoints(run_train("all", "--keep_checkpoints", "9", *flags))]
+    assert steps == [16, 32, 48, 64, 70]
+    run_dir = run_train("few", "--keep_checkpoints", "1", "--keep_elite", "1", *flags)
+    assert len(list_checkpoints(run_dir)) <= 2
+    assert sorted(path.name for path in run_dir.glob("elite_*")) == ["elite_01.pt"]
+    run_dir = run_train("archived", "--keep_checkpoints", "1", "--keep_elite", "0", "--archive_rate", "1", *flags)
+    assert len(list(run_dir.glob("archive_*.pt"))) == 4
+
+
+def test_save_every_with_weighting_is_a_mean_distance(run_train):
+    run_dir = run_train(
+        "run", "--train_steps", "300", "--save_every", "10", "--keep_checkpoints", "999", "--val_every", "0"
+    )  # fmt: skip
+    count = len(list_checkpoints(run_dir))
+    assert 15 < count < 48  # 30 expected, standard deviation 5
+
+
+def test_val_every_and_log_every_set_the_rows(run_train):
+    flags = ["--train_steps", "12", "--log_every", "3", "--val_every", "6", "--save_every", "99"]
+    rows = metrics_rows(run_train("run", *flags))
+    assert [row["step"] for row in rows] == ["3", "6", "9", "12"]
+    assert [row["val_loss"] != "NA" for row in rows] == [False, True, False, True]
+
+
+def test_max_minutes_ends_a_run_that_has_no_last_step(run_train):
+    run_dir = run_train("run", "--max_minutes", "0.01", *QUIET)
+    assert newest(run_dir)["step"] > 0
+
+
+def test_output_defaults_to_a_dated_folder_for_one_rank_alone(run_train, tmp_path, monkeypatch):
+    run_train(None, "--train_steps", "1", *QUIET)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert (run_dir / "latest.pt").exists()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--output"):
+        run_train(None, "--train_steps", "1")
+
+
+def test_gossip_host_and_port_are_where_it_listens(run_train):
+    run_dir = run_train("run", "--train_steps", "1", "--gossip_host", "127.0.0.2", "--gossip_port", "39123", *QUIET)
+    record = json.loads((run_dir / "population" / "rank_0000.json").read_text())
+    assert record["address"] == "127.0.0.2:39123"
+
+
+def test_no_filesystem_coordinator_keeps_no_registry(run_train):
+    run_dir = run_train("run", "--train_steps", "20", "--no-filesystem-coordinator", *QUIET)
+    assert not list((run_dir / "population").glob("rank_*"))
+    assert (run_dir / "best.pt").exists() and (run_dir / "latest.pt").exists()
+
+
+MISTAKES = {
+    "no data": (["--data"], "--data"),
+    "absent data": (["--data", "absent.txt"], "absent.txt"),
+    "empty data": (["--data", "empty.txt"], "empty"),
+    "short data": (["--data", "short.txt", "--val_fraction", "0"], "at least 33 bytes"),
+    "unknown suffix": (["--params", "12q"], "expected a size"),
+    "two devices": (["--cuda"], "one device"),
+    "alpha": (["--gossip_recombination_alpha", "1.5"], r"\[0, 1\]"),
+    "a model too large": (["--params", "900g"], "GiB"),
+    "a width that is no size": (["--dim", "0"], "expected a size"),
+    "an impossible size": (["--params", "3"], "params"),
+    "corrupt init_from": (["--init_from", "short.txt"], "whole checkpoint"),
+    "liveness below heartbeat": (["--gossip_liveness", "1", "--gossip_heartbeat", "2"], "liveness"),
+    "bad peer": (["--gossip_peers", "nowhere"], "host"),
+    "bad host": (["--gossip_host", "no.such.host.invalid"], "host"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_no_run_behind(run_train, tmp_path, text, mistake):
+    flags, message = MISTAKES[mistake]
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("x" * 31)
+    base = TINY[4:] if "--params" in flags else TINY  # without --dim and --depth
+    with pytest.raises(UserError, match=message) as caught:
+        train.main([*base, "--data", str(text), "--output", "run", *flags])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_without_cuda_is_refused(run_train, tmp_path, text):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    base = [flag for flag in TINY if flag != "--cpu"]
+    for flag in ("--cuda", "--rocm"):
+        with pytest.raises(UserError, match=flag):
+            train.main([*base, "--data", str(text), "--output", "run", flag])
+
+
+def test_an_output_that_already_holds_a_run_is_refused(run_train):
+    run_dir = run_train("run", "--train_steps", "1", *QUIET)
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(UserError, match="--resume"):
+        run_train("run", "--train_steps", "1", *QUIET)
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_an_output_that_cannot_be_written_is_refused(run_train, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output"):
+        run_train("file/run", "--train_steps", "1", *QUIET)
+
+
+def test_from_the_shell_a_mistake_prints_one_line_and_exits_2(tmp_path):
+    command = [sys.executable, str(Path(train.__file__)), "--data", "absent.txt"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: expected") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--params", "--gossip_mixing_rate", "--no_schedulefree", "--rejuvenation_threshold", "--max_minutes"):
+        assert flag in text

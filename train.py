@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> int:
         metrics.rewind(resumed.file.step)
     else:
         run.claim(identity)
-    if is_first:
-        run.write_config(options, config, parameters, identity, str(device))
+    if is_first or (identity.local_rank == 0 and not options.population.filesystem_coordinator):
+        run.write_config(options, config, parameters, identity, str(device))  # once a run, or a host, as folders go
     log = RunLog(run.log, echo=is_first and not sys.stderr.isatty())
     events = EventLog(run.event_log, identity.rank)
 
@@ -95,6 +95,7 @@ def main(arguments: list[str]) -> int:
         + (f"; resumed {resumed.file.path.name}" if resumed else ""),
         echo=is_first,
     )
+    del resumed  # it maps a file that retention may remove
 
     deadline = time.monotonic() + options.run.max_minutes * 60 if options.run.max_minutes else math.inf
     progress = None

@@ -1,0 +1,272 @@
+"""Write text with a trained model: prompt in, bytes out; or score a file in bits per byte.
+
+Standard output carries exactly the bytes: the prompt, then its continuation as it comes. Several samples follow one
+another, all of the same length, with one byte 0x1e between them. Everything else goes to standard error.
+"""
+
+import argparse
+import contextlib
+import math
+import mmap
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mingru.minLM import MinLM, MinLMState
+from mingru.sampling import SamplingOptions, sample
+from runtime.arguments import ArgumentParser, normalise_flags, run_main
+from runtime.devices import choose_device
+from runtime.errors import UserError
+from training.checkpoint import load_for_use
+from training.options import parse_delimiter
+
+SAMPLE_SEPARATOR = b"\x1e"
+CHUNK = 2048  # bytes a forward pass takes at once: bounds the memory of long prompts and files
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal, as shells report it
+
+
+def main(argv: list[str]) -> int:
+    """Run with these arguments; returns the exit status. Raises UserError."""
+    options = parse_options(argv)
+    sampling = SamplingOptions(
+        options.temperature, options.top_k or None, options.top_p, options.min_p, options.typical_p
+    )
+    device = choose_device(options.cuda, options.rocm, options.cpu)
+    if options.score is None:
+        prompt = read_prompt(options.prompt, options.prompt_file)
+    elif options.prompt is not None or options.prompt_file is not None or options.output_file is not None:
+        raise UserError("expected --score alone, got a prompt or --output_file beside it: keep one or the other")
+    model, info = load_for_use(options.model, device)
+    if model.config.num_tokens != 256:
+        raise UserError(
+            f"expected a model of 256 byte values, got one of {model.config.num_tokens} tokens: choose another"
+        )
+    model.to(_DTYPES[options.dtype]).requires_grad_(False)
+    print(f"{info['path']}, step {info['step']}, on {device} in {options.dtype}", file=sys.stderr)
+    if options.score is not None:
+        print(f"{score(model, options.score, options.document_delimiter):.4f} bits per byte")
+        return 0
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    print(f"seed {seed}", file=sys.stderr)
+    logits_1V, state = prefill(model, prompt, options.document_delimiter)
+    lanes = [0] * options.num_samples
+    continuation = decode(
+        model, logits_1V[lanes], state.lanes(lanes), options.max_length, sampling,
+        torch.Generator().manual_seed(seed), options.document_delimiter,
+    )  # fmt: skip
+    if options.output_file is None:
+        return write_to_stdout(prompt, continuation, options.num_samples)
+    return write_to_files(prompt, continuation, output_paths(options.output_file, options.num_samples))
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """The command line; hyphens in flags count as underscores. Raises UserError."""
+    parser = ArgumentParser(
+        prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model", type=Path, required=True, metavar="PATH", help="a checkpoint, or a run directory (its best.pt)")
+    add("--cuda", action="store_true", help="run on an NVIDIA GPU (default: the best device there is)")
+    add("--rocm", action="store_true", help="run on an AMD GPU")
+    add("--cpu", action="store_true", help="run on the CPU")
+    add("--dtype", choices=list(_DTYPES), default="float32", help="of weights and activations (default: %(default)s)")
+    add(
+        "--document_delimiter", type=_delimiter, default=0x1E, metavar="N",
+        help="byte at which a document ends, in hexadecimal, or none (default: 1e)",
+    )  # fmt: skip
+    add = parser.add_argument_group("prompt (default: standard input)").add_argument
+    add("--prompt", metavar="TEXT", help="the bytes to go on from")
+    add("--prompt_file", type=Path, metavar="FILE", help="read them from a file")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max_length", type=_whole(0), default=512, metavar="N", help="bytes after the prompt (default: %(default)s)")
+    add("--num_samples", type=_whole(1), default=1, metavar="N", help="continuations, in one batch (default: 1)")
+    add("--temperature", type=float, default=1.0, metavar="X", help="0: always the likeliest byte (default: 1)")
+    add("--top_k", type=_whole(0), default=0, metavar="N", help="only the N likeliest bytes (default: 0, all)")
+    add("--top_p", type=float, default=1.0, metavar="X", help="only the likeliest that hold this share (default: 1)")
+    add("--min_p", type=float, default=0.0, metavar="X", help="only this share of the likeliest's or more (default: 0)")
+    add("--typical_p", type=float, default=1.0, metavar="X", help="only the most typical with this share (default: 1)")
+    add("--seed", type=_whole(0), metavar="N", help="same seed, same bytes (default: a new one, shown)")
+    add = parser.add_argument_group("output").add_argument
+    add(
+        "--output_file", type=Path, metavar="FILE",
+        help="write there instead; sample.txt becomes sample_1.txt, sample_2.txt ... for several samples",
+    )  # fmt: skip
+    add(
+        "--score",
+        type=Path,
+        metavar="FILE",
+        help="print the file's bits per byte under the model, and write nothing else",
+    )
+    return parser.parse_args(normalise_flags(argv))
+
+
+def read_prompt(text: str | None, path: Path | None) -> bytes:
+    """The prompt from the flag, the file, or standard input. Raises UserError if there is none, or two."""
+    if text is not None and path is not None:
+        raise UserError("expected one prompt, got --prompt and --prompt_file: keep one of them")
+    if text is not None:
+        prompt = os.fsencode(text)
+    elif path is not None:
+        try:
+            prompt = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"expected a readable prompt file, got {path} ({error.strerror}): check the path") from None
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UserError("expected a prompt, got none: give --prompt, --prompt_file, or pipe it in")
+    else:
+        prompt = sys.stdin.buffer.read()
+    if not prompt:
+        raise UserError(
+            "expected a prompt of at least one byte, got an empty one: the model goes on from its last byte"
+        )
+    return prompt
+
+
+@torch.inference_mode()
+def prefill(model: MinLM, prompt: bytes, delimiter: int | None) -> tuple[Tensor, MinLMState]:
+    """The logits (1, V) after the prompt, and the state."""
+    ids_1T = torch.frombuffer(bytearray(prompt), dtype=torch.uint8).unsqueeze(0)
+    state = None
+    for ids_1C in ids_1T.split(CHUNK, dim=1):
+        logits_1CV, state = _advance(model, ids_1C, state, delimiter)
+    if not logits_1CV[:, -1].isfinite().all():
+        raise UserError("expected finite logits, got others: the model's weights are broken, or need a wider --dtype")
+    return logits_1CV[:, -1], state
+
+
+@torch.inference_mode()
+def decode(
+    model: MinLM,
+    logits_BV: Tensor,
+    state: MinLMState,
+    length: int,
+    options: SamplingOptions,
+    generator: torch.Generator,
+    delimiter: int | None,
+) -> Iterator[bytes]:
+    """Yield `length` times the next byte of every lane; memory does not grow. generator: a CPU one."""
+    for left in range(length - 1, -1, -1):
+        ids_B = sample(logits_BV.float().cpu(), options, generator)
+        yield bytes(ids_B.tolist())
+        if left:
+            logits_B1V, state = _advance(model, ids_B.unsqueeze(1), state, delimiter)
+            logits_BV = logits_B1V[:, 0]
+
+
+@torch.inference_mode()
+def score(model: MinLM, path: Path, delimiter: int | None) -> float:
+    """Mean bits per byte of a file's second to last byte, each given those before it in its document; UserError.
+
+    The first byte has nothing to be predicted from. A document ends with its delimiter, as in training.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _score(model, content, delimiter)
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
+        raise UserError(f"expected a readable file of at least 2 bytes, got {path} ({error}): choose another") from None
+
+
+def _score(model: MinLM, content: mmap.mmap, delimiter: int | None) -> float:
+    targets = len(content) - 1
+    if targets < 1:
+        raise ValueError("a single byte")
+    nats, state = 0.0, None
+    with tqdm(total=targets, unit="B", unit_scale=True, disable=None) as progress:
+        for start in range(0, targets, CHUNK):
+            stop = min(start + CHUNK, targets)
+            ids_1S = torch.frombuffer(bytearray(content[start : stop + 1]), dtype=torch.uint8).unsqueeze(0)
+            logits_1TV, state = _advance(model, ids_1S[:, :-1], state, delimiter)
+            losses_T = F.cross_entropy(
+                logits_1TV[0].float(), ids_1S[0, 1:].long().to(logits_1TV.device), reduction="none"
+            )
+            nats += losses_T.double().sum().item()
+            progress.update(stop - start)
+    return nats / targets / math.log(2)
+
+
+def _advance(
+    model: MinLM, ids_BT: Tensor, state: MinLMState | None, delimiter: int | None
+) -> tuple[Tensor, MinLMState]:
+    """Feed bytes that are in host memory; a document starts at each delimiter among them, as in training."""
+    starts_BT = None if delimiter is None else ids_BT == delimiter
+    device = model.token_emb.weight.device
+    reset_BT = starts_BT.to(device) if starts_BT is not None and starts_BT.any() else None
+    return model(ids_BT.to(device), state, reset_BT)
+
+
+def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) -> int:
+    """Stream the first sample; the others follow, each after a separator. Ctrl-C ends all of them where they are."""
+    out, status = sys.stdout.buffer, 0
+    others = [bytearray() for _ in range(samples - 1)]
+    try:
+        _write(out, prompt)
+        try:
+            for ids in continuation:
+                _write(out, ids[:1])
+                for other, byte in zip(others, ids[1:], strict=True):
+                    other.append(byte)
+        except KeyboardInterrupt:
+            status = _INTERRUPTED
+        for other in others:
+            _write(out, SAMPLE_SEPARATOR + prompt + other)
+    except BrokenPipeError:  # whoever read us has enough; all is flushed, so that nothing fails again at exit
+        return _BROKEN_PIPE
+    return status
+
+
+def output_paths(path: Path, samples: int) -> list[Path]:
+    """`path`, or for several samples path_1, path_2 ... before its suffix."""
+    if samples == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}_{number}{path.suffix}") for number in range(1, samples + 1)]
+
+
+def write_to_files(prompt: bytes, continuation: Iterator[bytes], paths: list[Path]) -> int:
+    """Stream each sample to its file. Ctrl-C ends all of them where they are. Raises UserError."""
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(path, "wb")) for path in paths]
+            for file in files:
+                _write(file, prompt)
+            for ids in continuation:
+                for file, byte in zip(files, ids, strict=True):
+                    _write(file, bytes([byte]))
+    except OSError as error:
+        raise UserError(f"expected to write {paths[0]}, got {error}: choose another --output_file") from None
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()
+
+
+def _delimiter(text: str) -> int | None:
+    try:
+        return parse_delimiter(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _whole(minimum: int):
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+if __name__ == "__main__":
+    run_main(main)

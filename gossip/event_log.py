@@ -1,0 +1,119 @@
+"""What happened between this rank and its peers, one tab-separated line per event."""
+
+import datetime
+import os
+import sys
+import threading
+from pathlib import Path
+
+COLUMNS = (
+    "timestamp",
+    "rank",
+    "event",
+    "step",
+    "fitness",
+    "exchange_id",
+    "peer",
+    "bytes",
+    "milliseconds",
+    "message",
+)
+MISSING = "NA"
+
+
+class EventLog:
+    """Appends events to the TSV file `path`; any thread may write, and a full disk never stops training.
+
+    The file is made with its folders and a header, or continued where it exists. The constructor raises OSError
+    where that cannot be done; later errors are reported once on standard error and counted in `lost`, and the
+    next event tries again.
+    """
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path = Path(path)
+        self.rank = rank
+        self.lost = 0
+        self._lock = threading.Lock()
+        self._descriptor: int | None = self._open()
+
+    def write(
+        self,
+        event: str,
+        step: int | None = None,
+        fitness: float | None = None,
+        exchange_id: str | None = None,
+        peer: int | str | None = None,
+        nbytes: int | None = None,
+        milliseconds: float | None = None,
+        message: str = "",
+    ) -> None:
+        """Append one line with the time of now; fitness is a loss in nats per byte. Never raises OSError."""
+        fields = (
+            _timestamp(),
+            str(self.rank),
+            _text(event),
+            _text(step),
+            MISSING if fitness is None else f"{fitness:.6f}",
+            _text(exchange_id),
+            _text(peer),
+            _text(nbytes),
+            MISSING if milliseconds is None else f"{milliseconds:.1f}",
+            _text(message),
+        )
+        with self._lock:
+            try:
+                if self._descriptor is None:
+                    self._descriptor = self._open()
+                _append(self._descriptor, "\t".join(fields) + "\n")
+            except OSError as error:
+                self._lose(error)
+
+    def close(self) -> None:
+        """Close the file; a later write opens it again."""
+        with self._lock:
+            self._abandon()
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size == 0:
+                _append(descriptor, "\t".join(COLUMNS) + "\n")
+            elif os.pread(descriptor, 1, size - 1) != b"\n":  # a writer died, or the disk was full, within a line
+                _append(descriptor, "\n")
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _lose(self, error: OSError) -> None:
+        # What the failed write left of its line is ended by the next _open.
+        self._abandon()
+        if self.lost == 0:
+            print(f"gossip events of rank {self.rank} are being lost: {error}", file=sys.stderr)
+        self.lost += 1
+
+    def _abandon(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _append(descriptor: int, line: str) -> None:
+    content = line.encode()
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _text(value: object) -> str:
+    """One field: control characters would break the line or the reader's terminal, so they become spaces."""
+    text = "".join(
+        character if character.isprintable() else " " for character in str(value if value is not None else "")
+    )
+    return text.strip() or MISSING
+
+
+def _timestamp() -> str:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")

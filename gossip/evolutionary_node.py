@@ -1,0 +1,285 @@
+"""The one object that training talks to: it publishes, serves snapshots and merges at step boundaries, and owns every
+gossip thread."""
+
+import functools
+import random
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gossip.event_log import EventLog
+from gossip.faults import Fault, ProtocolError
+from gossip.filesystem_coordinator import FilesystemCoordinator, Roster
+from gossip.handshake import run_key
+from gossip.heartbeat import Heartbeat
+from gossip.ledger import Counters, Ledger
+from gossip.merge import merge
+from gossip.network_utils import choose_address, join_address, listen, parse_peer
+from gossip.protocol import MERGE_METHODS, Flow, Hello
+from gossip.snapshot_desk import Delivery, SnapshotDesk
+from gossip.state import Schema
+from gossip.switchboard import Switchboard
+from runtime.errors import UserError
+from runtime.ranks import Identity
+
+POPULATION_FOLDER = "population"
+
+
+@dataclass(frozen=True)
+class GossipConfig:
+    """How a rank takes part in the population.
+
+    mixing_rate: chance of a call at each step; merge_method: one of MERGE_METHODS; recombination_alpha: share of a
+    fitter peer, 0 to 1; host, port: where to listen, see choose_address() and listen(); peers: "host:port" to call
+    beside those in the registry; filesystem_coordinator: keep the registry in the run directory; *_seconds: between
+    heartbeats, of silence after which a rank counts as dead, and for a whole exchange.
+    """
+
+    mixing_rate: float = 0.01
+    merge_method: str = "recombination"
+    recombination_alpha: float = 0.5
+    host: str | None = None
+    port: int = 0
+    peers: tuple[str, ...] = ()
+    filesystem_coordinator: bool = True
+    heartbeat_seconds: float = 2.0
+    liveness_seconds: float = 20.0
+    exchange_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("mixing_rate", "recombination_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"expected {name} from 0 to 1, got {getattr(self, name)}: choose a share")
+        for name in ("heartbeat_seconds", "liveness_seconds", "exchange_seconds"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"expected {name} above 0, got {getattr(self, name)}: choose a time in seconds")
+        if self.liveness_seconds <= self.heartbeat_seconds:
+            raise UserError(
+                f"expected liveness_seconds above heartbeat_seconds, got {self.liveness_seconds} and "
+                f"{self.heartbeat_seconds}: allow for several heartbeats"
+            )
+        if self.merge_method not in MERGE_METHODS:
+            raise UserError(f"expected one of {', '.join(MERGE_METHODS)}, got {self.merge_method!r}: choose one")
+        for peer in self.peers:
+            parse_peer(peer)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """A merge that was just applied to the live weights; peer_scalars: the peer's optimizer scalars, which come along
+    in a clone; seconds: how long it held up training."""
+
+    exchange_id: str
+    peer_rank: int
+    peer_step: int
+    peer_scalars: dict[str, float]
+    method: str
+    clonal: bool
+    seconds: float
+
+
+class EvolutionaryNode:
+    """One rank's part in the population. All methods are for the training thread, which never waits for the network.
+
+    run_dir: holds the registry (None: only without the filesystem coordinator); live: the training tensors by the
+    schema's names, contiguous and written in place; scalars: the optimizer's numbers, called at step boundaries;
+    leader_duty: called on the coordinator thread after a beat when leading; secret: the run's, see run_secret().
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        run_id: str,
+        run_dir: Path | None,
+        schema: Schema,
+        live: Mapping[str, Tensor],
+        scalars: Callable[[], dict[str, float]],
+        config: GossipConfig,
+        event_log: EventLog,
+        seed: int,
+        leader_duty: Callable[[Roster], None] | None,
+        secret: bytes,
+    ) -> None:
+        assert not config.filesystem_coordinator or run_dir is not None
+        self.incarnation = secrets.token_hex(16)
+        self.address: str | None = None  # "host:port" once it listens
+        self._identity = identity
+        self._run_id = run_id
+        self._run_dir = run_dir
+        self._schema = schema
+        self._live = live
+        self._config = config
+        self._leader_duty = leader_duty
+        self._key = run_key(secret, run_id)
+        self._ledger = Ledger(event_log)
+        self._desk = SnapshotDesk(schema, live, scalars)
+        self._dice = random.Random(f"dice {seed} {identity.rank}")
+        self._peer_dice = random.Random(f"peers {seed} {identity.rank}")  # the network thread's
+        self._peers = config.peers
+        self._switchboard: Switchboard | None = None
+        self._heartbeat: Heartbeat | None = None
+
+    def start(self) -> None:
+        """Listen, and start the threads. Raises UserError for an address or port that cannot be had."""
+        config, identity = self._config, self._identity
+        coordinator = None
+        if config.filesystem_coordinator:
+            folder = self._run_dir / POPULATION_FOLDER
+            coordinator = FilesystemCoordinator(
+                folder, identity.rank, identity.world_size, self.incarnation, config.liveness_seconds
+            )
+        host = choose_address(config.host, identity)
+        listener = listen(host, config.port)
+        self.address = join_address(host, listener.getsockname()[1])
+        self._switchboard = Switchboard(
+            listener=listener,
+            key=self._key,
+            desk=self._desk,
+            method=config.merge_method,
+            ledger=self._ledger,
+            seconds=config.exchange_seconds,
+            say_hello=self._hello,
+            choose_peer=self._choose_peer,
+            on_self=self._forget_peer,
+        )
+        self._switchboard.start()
+        if coordinator is not None:
+            report = functools.partial(self._ledger.note, "registry_failed")
+            self._heartbeat = Heartbeat(coordinator, config.heartbeat_seconds, self._record, self._leader_duty, report)
+            self._heartbeat.start()
+
+    def close(self) -> None:
+        """Leave the registry, end every conversation and join every thread; again: nothing. A snapshot that still
+        waits to be merged is dropped."""
+        switchboard, self._switchboard = self._switchboard, None
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat is not None:
+            heartbeat.close()
+        if switchboard is not None:
+            switchboard.close()
+            delivery = self._desk.take_delivery()
+            if delivery is not None:
+                self._ledger.fail(delivery.talk, ProtocolError(Fault.CLOSING, "before the merge"))
+
+    def step_boundary(self, step: int, fitness: float | None, status: dict) -> MergeReport | None:
+        """Between two optimizer steps: publish, serve a snapshot, merge what has arrived, perhaps call a peer.
+
+        fitness: loss of the live weights in nats per byte, None while unknown; status: JSON values for the registry.
+        Returns what was merged, if anything: the weights are others then, and their fitness is unknown. Raises what
+        ended a gossip thread, should that ever happen.
+        """
+        desk, report = self._desk, None
+        desk.publish(step, fitness, status)
+        self._raise_error()
+        if desk.waiting:
+            desk.serve()
+            delivery = desk.take_delivery()
+            if delivery is not None:
+                report = self._merge(delivery)
+        if self._dice.random() < self._config.mixing_rate:
+            self._switchboard.ring()
+        return report
+
+    def before_write(self) -> None:
+        """Before the weights are written: on a GPU, let the current stream wait for a snapshot's copy in flight."""
+        self._desk.before_write()
+
+    def weights_changed(self) -> None:
+        """The weights were replaced by training itself: what was asked of, or is to be merged into, the older ones is
+        dropped, and the fitness is unknown."""
+        self._desk.weights_changed()
+        delivery = self._desk.take_delivery()
+        if delivery is not None:
+            self._drop(delivery, ProtocolError(Fault.WEIGHTS_CHANGED, "before the merge"))
+
+    @property
+    def counters(self) -> Counters:
+        """A copy of the counters."""
+        return self._ledger.counters
+
+    @property
+    def roster(self) -> Roster | None:
+        """The population as of the newest heartbeat; None before the first, or without the coordinator."""
+        return self._heartbeat.roster if self._heartbeat is not None else None
+
+    def _merge(self, delivery: Delivery) -> MergeReport | None:
+        talk, outcome = delivery.talk, delivery.outcome
+        if outcome.mine.generation != self._desk.published.generation:
+            self._drop(delivery, ProtocolError(Fault.WEIGHTS_CHANGED, "before the merge"))
+            return None
+        began, config = time.perf_counter(), self._config
+        self._desk.before_write()
+        try:
+            merge(
+                self._live,
+                self._schema,
+                outcome.received.buffer.views,
+                outcome.own.buffer.views if outcome.own is not None else None,
+                config.merge_method,
+                config.recombination_alpha,
+            )
+        except torch.OutOfMemoryError as error:  # the weights are as they were, and training can go on
+            self._drop(delivery, ProtocolError(Fault.OUT_OF_MEMORY, str(error).partition("\n")[0]))
+            return None
+        self._desk.weights_changed()
+        seconds = time.perf_counter() - began
+        both = outcome.decision.flow is Flow.BOTH
+        self._ledger.count_ended(talk, "won" if outcome.won else "lost")
+        message = f"{outcome.decision.reason}, step {outcome.received.step}, merged in {seconds * 1000:.1f} ms"
+        self._switchboard.post(self._ledger.write, talk, "averaged" if both else "merged", message)
+        self._switchboard.release()
+        return MergeReport(
+            exchange_id=talk.exchange_id,
+            peer_rank=outcome.theirs.rank,
+            peer_step=outcome.received.step,
+            peer_scalars=outcome.received.scalars,
+            method=config.merge_method,
+            clonal=config.merge_method == "clonal",
+            seconds=seconds,
+        )
+
+    def _drop(self, delivery: Delivery, error: ProtocolError) -> None:
+        self._ledger.count_ended(delivery.talk, "failed")
+        self._switchboard.post(self._ledger.write, delivery.talk, "failed", str(error))
+        self._switchboard.release()
+
+    def _raise_error(self) -> None:
+        for part in (self._switchboard, self._heartbeat):
+            if part is not None and part.error is not None:
+                raise part.error
+
+    def _hello(self) -> Hello:
+        published = self._desk.published
+        return Hello(
+            run_id=self._run_id,
+            schema_hash=self._schema.hash,
+            rank=self._identity.rank,
+            incarnation=self.incarnation,
+            step=published.step,
+            generation=published.generation,
+            fitness=published.fitness,
+        )
+
+    def _record(self) -> dict:
+        published = self._desk.published
+        return {
+            **published.status,
+            "address": self.address,
+            "step": published.step,
+            "fitness": published.fitness,
+            "generation": published.generation,
+        }
+
+    def _choose_peer(self) -> str | None:
+        roster = self.roster
+        registered = [member.address for member in roster.peers(self._identity.rank)] if roster is not None else []
+        candidates = list(dict.fromkeys([*registered, *self._peers]))
+        return self._peer_dice.choice(candidates) if candidates else None
+
+    def _forget_peer(self, address: str) -> None:
+        self._peers = tuple(peer for peer in self._peers if peer != address)

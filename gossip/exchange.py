@@ -1,0 +1,190 @@
+"""One conversation between two authenticated peers: compare, decide, stream, verify.
+
+    both        HELLO          the answerer says BUSY instead while it talks to another
+    both        DECISION       each from both HELLOs; they must be equal
+    sender      SNAPSHOT, raw payload, END with the payload's digest
+    receiver    RECEIPT        after digest and values were checked
+
+Nothing here touches live weights: what arrives lies in the receive buffer, for the training thread to merge.
+"""
+
+import asyncio
+import hmac
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Protocol
+
+from blake3 import blake3
+
+from gossip.faults import Fault, ProtocolError
+from gossip.protocol import (
+    Busy,
+    Decision,
+    End,
+    Flow,
+    Hello,
+    Receipt,
+    SnapshotHeader,
+    decide,
+)
+from gossip.state import Schema, Snapshot, StateBuffer, payload_fault
+from gossip.wire import Channel
+
+PIECE_BYTES = 512 * 1024  # of payload at a time: it stays in the cache from the kernel to the digest and the checks
+
+
+class Party(Protocol):
+    """One end of a conversation, as the exchange sees it. Called on the network thread."""
+
+    schema: Schema
+    method: str
+    scalar_names: frozenset[str]
+    receive_buffer: StateBuffer
+
+    def hello(self) -> Hello:
+        """What is published now."""
+
+    def claim(self) -> bool:
+        """Whether this end is free to be called; from a True on it is not."""
+
+    async def snapshot(self, generation: int) -> Snapshot:
+        """The state at the next step boundary. Raises ProtocolError WEIGHTS_CHANGED if that is another generation."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a conversation ended well. received: the peer's snapshot, whole and checked; own: mine of the same time."""
+
+    mine: Hello
+    theirs: Hello
+    decision: Decision
+    own: Snapshot | None
+    received: Snapshot | None
+
+    @property
+    def tied(self) -> bool:
+        """Nothing travelled."""
+        return self.decision.flow is Flow.NONE
+
+    @property
+    def won(self) -> bool:
+        """This end's weights were the fitter ones."""
+        return not self.tied and self.mine.fitness < self.theirs.fitness
+
+
+async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
+    """One whole conversation over an authenticated channel. Raises ProtocolError; the caller bounds its time."""
+    mine, theirs = await (_greet_first if initiator else _greet_back)(channel, party)
+    decision = decide(*((mine, theirs) if initiator else (theirs, mine)), party.method)
+    await channel.send(decision)
+    answer = await channel.receive(Decision)
+    if answer != decision:
+        raise ProtocolError(Fault.DECISION_DIFFERS, f"{decision.flow.value} here, {answer.flow.value} there")
+
+    sends = decision.flow in (Flow.BOTH, Flow.INITIATOR_SENDS if initiator else Flow.RESPONDER_SENDS)
+    receives = decision.flow is not Flow.NONE and (decision.flow is Flow.BOTH or not sends)
+    own = received = fault = None
+    if sends or (receives and party.method != "clonal"):
+        own = await party.snapshot(mine.generation)
+    if sends and receives:
+        _, (received, fault) = await _together(_send(channel, own), _receive(channel, party, theirs))
+    elif sends:
+        await _send(channel, own)
+    elif receives:
+        received, fault = await _receive(channel, party, theirs)
+    if receives:
+        await channel.send(Receipt(fault is None, fault))
+    if sends:
+        # Before a fault of the other direction ends the conversation: the peer's word is on its way.
+        receipt = await channel.receive(Receipt)
+        if fault is None and not receipt.accepted:
+            raise ProtocolError(Fault.REJECTED, receipt.fault.value)
+    if fault is not None:
+        raise ProtocolError(fault, f"in the snapshot of step {received.step}")
+    return Outcome(mine, theirs, decision, own, received)
+
+
+async def _greet_first(channel: Channel, party: Party) -> tuple[Hello, Hello]:
+    mine = party.hello()
+    await channel.send(mine)
+    theirs = await channel.receive(Hello, Busy)
+    if isinstance(theirs, Busy):
+        raise ProtocolError(Fault.BUSY, "the peer is in another conversation")
+    _check_kinship(mine, theirs)
+    return mine, theirs
+
+
+async def _greet_back(channel: Channel, party: Party) -> tuple[Hello, Hello]:
+    theirs = await channel.receive(Hello)
+    mine = party.hello()
+    try:
+        _check_kinship(mine, theirs)
+    except ProtocolError:
+        await channel.send(mine)  # so that the caller finds the same fault, not a closed connection
+        raise
+    if not party.claim():
+        await channel.send(Busy())
+        raise ProtocolError(Fault.BUSY, "already in another conversation")
+    await channel.send(mine)
+    return mine, theirs
+
+
+def _check_kinship(mine: Hello, theirs: Hello) -> None:
+    if not hmac.compare_digest(mine.schema_hash, theirs.schema_hash):
+        raise ProtocolError(Fault.SCHEMA_MISMATCH, f"{mine.schema_hash[:12]} here, {theirs.schema_hash[:12]} there")
+    if mine.run_id != theirs.run_id:
+        raise ProtocolError(Fault.WRONG_RUN, theirs.run_id)
+    if mine.incarnation == theirs.incarnation:
+        raise ProtocolError(Fault.SELF)
+    if mine.rank == theirs.rank:
+        raise ProtocolError(Fault.RANK_TAKEN, f"another process is rank {mine.rank}: {theirs.incarnation}")
+
+
+async def _send(channel: Channel, snapshot: Snapshot) -> None:
+    payload = snapshot.buffer.bytes
+    await channel.send(SnapshotHeader(snapshot.step, snapshot.generation, len(payload), snapshot.scalars))
+    digest = blake3()
+    for start in range(0, len(payload), PIECE_BYTES):
+        piece = payload[start : start + PIECE_BYTES]
+        digest.update(piece)
+        await channel.wire.send(piece)
+        await asyncio.sleep(0)  # a fast link never makes send() wait, and others have their turn too
+    await channel.send(End(digest.hexdigest()))
+
+
+async def _receive(channel: Channel, party: Party, theirs: Hello) -> tuple[Snapshot, Fault | None]:
+    """The peer's snapshot, read to its end, and what is wrong with its content; other faults are raised."""
+    buffer, schema = party.receive_buffer, party.schema
+    header = await channel.receive(SnapshotHeader)
+    if header.nbytes != schema.nbytes:
+        raise ProtocolError(Fault.BAD_SNAPSHOT, f"expected {schema.nbytes} bytes, got {header.nbytes}")
+    if header.generation != theirs.generation or header.step < theirs.step:
+        raise ProtocolError(
+            Fault.BAD_SNAPSHOT,
+            f"step {header.step} of generation {header.generation} after a HELLO of step {theirs.step} of "
+            f"generation {theirs.generation}",
+        )
+    if header.scalars.keys() != party.scalar_names:
+        raise ProtocolError(Fault.BAD_SNAPSHOT, f"scalars {sorted(header.scalars.keys() ^ party.scalar_names)}"[:200])
+    digest, fault = blake3(), None
+    for start in range(0, schema.nbytes, PIECE_BYTES):
+        piece = buffer.bytes[start : start + PIECE_BYTES]
+        await channel.wire.receive_into(piece)
+        digest.update(piece)
+        fault = fault or payload_fault(schema, start, piece)
+        await asyncio.sleep(0)
+    end = await channel.receive(End)
+    if not hmac.compare_digest(end.digest, digest.hexdigest()):
+        fault = Fault.DIGEST_MISMATCH
+    return Snapshot(buffer, header.step, header.generation, header.scalars), fault
+
+
+async def _together(*halves: Coroutine) -> list:
+    """The results of all `halves`, run at once; when one fails, the others have ended before its error is raised."""
+    tasks = [asyncio.ensure_future(half) for half in halves]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

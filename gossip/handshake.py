@@ -1,0 +1,98 @@
+"""Both ends prove that they hold the run's secret before either says anything else.
+
+    caller -> answerer   magic, version, nonce
+    answerer -> caller   magic, version, nonce
+    caller -> answerer   proof of the caller, over both openings
+    answerer -> caller   proof of the answerer, over both openings
+
+The caller proves first, so that a stranger learns nothing from an answerer but a nonce. A refusal is a closed
+connection. The key depends on the run: neither another secret nor another run id can authenticate. Keys are derived
+after HKDF (RFC 5869).
+"""
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+
+from gossip.faults import Fault, ProtocolError
+from gossip.protocol import (
+    NONCE_BYTES,
+    OPENING_BYTES,
+    PROOF_BYTES,
+    decode_opening,
+    encode_opening,
+)
+from gossip.wire import Wire
+
+CALLER = b"caller"
+ANSWERER = b"answerer"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a handshake leaves: a key for each direction, and an id (16 hex digits) that is the same at both ends."""
+
+    send_key: bytes
+    receive_key: bytes
+    exchange_id: str
+
+
+def run_key(secret: bytes, run_id: str) -> bytes:
+    """The key of one run (32 bytes), extracted from the secret with the run's id as salt."""
+    return _hmac(run_id.encode(), secret)
+
+
+async def authenticate(wire: Wire, key: bytes, initiator: bool) -> Session:
+    """Run the handshake on a fresh connection; `key` from run_key().
+
+    Raises ProtocolError: BAD_MAGIC, WRONG_VERSION, WRONG_SECRET (a proof under another secret or run id), REFUSED (the
+    peer closed instead of going on) or CLOSED.
+    """
+    mine = encode_opening(secrets.token_bytes(NONCE_BYTES))
+    if initiator:
+        await wire.send(mine)
+        theirs = await _receive(wire, OPENING_BYTES)
+        decode_opening(theirs)
+        transcript = mine + theirs
+        await wire.send(proof(key, CALLER, transcript))
+        _check(await _receive(wire, PROOF_BYTES), proof(key, ANSWERER, transcript))
+    else:
+        theirs = await wire.receive(OPENING_BYTES)
+        decode_opening(theirs)
+        await wire.send(mine)
+        transcript = theirs + mine
+        _check(await wire.receive(PROOF_BYTES), proof(key, CALLER, transcript))
+        await wire.send(proof(key, ANSWERER, transcript))
+    return session(key, transcript, initiator)
+
+
+def proof(key: bytes, role: bytes, transcript: bytes) -> bytes:
+    """The proof of `role` (CALLER or ANSWERER) for both openings, which carry the version and the nonces."""
+    return _hmac(key, b"gruboros proof " + role + b"\0" + transcript)
+
+
+def session(key: bytes, transcript: bytes, initiator: bool) -> Session:
+    """The session that follows from both openings, as seen from one end."""
+    by_caller = _hmac(key, b"gruboros frames of " + CALLER + b"\0" + transcript)
+    by_answerer = _hmac(key, b"gruboros frames of " + ANSWERER + b"\0" + transcript)
+    exchange_id = hashlib.sha256(b"gruboros exchange\0" + transcript).digest()[:8].hex()
+    return Session(*((by_caller, by_answerer) if initiator else (by_answerer, by_caller)), exchange_id)
+
+
+def _hmac(key: bytes, content: bytes) -> bytes:
+    return hmac.new(key, content, hashlib.sha256).digest()
+
+
+def _check(got: bytes, expected: bytes) -> None:
+    if not hmac.compare_digest(got, expected):
+        raise ProtocolError(Fault.WRONG_SECRET)
+
+
+async def _receive(wire: Wire, nbytes: int) -> bytes:
+    try:
+        return await wire.receive(nbytes)
+    except ProtocolError as error:
+        if error.fault is not Fault.CLOSED:
+            raise
+        raise ProtocolError(Fault.REFUSED, "another secret, run or version, or too many callers") from error

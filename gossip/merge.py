@@ -1,0 +1,73 @@
+"""A peer's state becomes part of the live one: in place, all or nothing, and undone by a swap."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from gossip.protocol import MERGE_METHODS
+from gossip.state import Rule, Schema
+
+PIECE_ITEMS = 1024 * 1024  # merged at a time, which bounds the scratch memory
+
+
+@torch.no_grad()
+def merge(
+    live: Mapping[str, Tensor],
+    schema: Schema,
+    peer: Mapping[str, Tensor],
+    own: Mapping[str, Tensor] | None,
+    method: str,
+    alpha: float,
+) -> None:
+    """Merge `peer` (views by the schema's names, on the host) into `live` (contiguous, any device).
+
+    clonal: live = peer. recombination: weights move by alpha * (peer - own), where `own` is the live state of about the
+    peer's time, so that what was learned since is kept; second moments are interpolated with alpha, which keeps them
+    from falling below zero. average: the same with alpha = 1/2 at both ends, which keeps the pair's sum. own None:
+    live stands for it. Afterwards `peer` holds what was overwritten: swap() undoes the merge. On any error live is as
+    it was, `peer` is spoilt, and the error is raised. Called by the thread that owns `live`.
+    """
+    assert method in MERGE_METHODS and 0 <= alpha <= 1, f"{method} {alpha}"
+    share = 0.5 if method == "average" else alpha
+    done: list[tuple[Tensor, Tensor]] = []
+    try:
+        for rule, now, theirs, mine in _pieces(schema, live, peer, own):
+            arrived = theirs.to(now.device)
+            if method == "clonal":
+                change = None
+                arrived = arrived.clone() if arrived is theirs else arrived
+            else:
+                base = now if mine is None or rule is Rule.SECOND_MOMENT else mine.to(now.device)
+                change = arrived - base
+            theirs.copy_(now)
+            done.append((now, theirs))
+            if change is None:
+                now.copy_(arrived)
+            else:
+                now.add_(change, alpha=share)
+    except BaseException:
+        for now, overwritten in done:
+            now.copy_(overwritten)
+        raise
+
+
+@torch.no_grad()
+def swap(live: Mapping[str, Tensor], schema: Schema, other: Mapping[str, Tensor]) -> None:
+    """Exchange the contents of `live` and `other`: after a merge, this brings back what it overwrote."""
+    for _, now, theirs, _ in _pieces(schema, live, other, None):
+        kept = now.to(theirs.device, copy=True)
+        now.copy_(theirs)
+        theirs.copy_(kept)
+
+
+def _pieces(
+    schema: Schema, live: Mapping[str, Tensor], peer: Mapping[str, Tensor], own: Mapping[str, Tensor] | None
+) -> Iterator[tuple[Rule, Tensor, Tensor, Tensor | None]]:
+    """Corresponding flat pieces of the three states: views, of at most PIECE_ITEMS items."""
+    for spec in schema.tensors:
+        now, theirs = live[spec.name].detach().view(-1), peer[spec.name].view(-1)
+        mine = None if own is None else own[spec.name].view(-1)
+        for start in range(0, now.numel(), PIECE_ITEMS):
+            piece = slice(start, start + PIECE_ITEMS)
+            yield spec.rule, now[piece], theirs[piece], None if mine is None else mine[piece]

@@ -1,0 +1,101 @@
+"""One TCP connection: bytes sent whole and read exactly, and authenticated frames on top of them.
+
+Deadlines belong to the whole conversation, so there are none here: the caller bounds it and cancels.
+"""
+
+import asyncio
+import socket
+
+from gossip.faults import Fault, ProtocolError
+from gossip.protocol import (
+    HEADER_BYTES,
+    MAC_BYTES,
+    Hello,
+    Message,
+    decode_frame,
+    decode_header,
+    encode_frame,
+)
+
+
+class Wire:
+    """A connected socket, made non-blocking; `sent` and `received` count its bytes. One event loop's thread only.
+
+    Every way the connection can break raises ProtocolError CLOSED.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        # Frames are small and answered one by one; payloads fill segments by themselves. The kernel sizes the buffers:
+        # a size set here would be capped by net.core.*mem_max and end the kernel's own, larger tuning.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = connection
+        self.sent = 0
+        self.received = 0
+
+    async def send(self, content: bytes | memoryview) -> None:
+        """Send all of `content`."""
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._socket, content)
+        except OSError as error:
+            raise ProtocolError(Fault.CLOSED, _reason(error)) from error
+        self.sent += len(content)
+
+    async def receive_into(self, target: memoryview) -> None:
+        """Fill `target`."""
+        loop = asyncio.get_running_loop()
+        while target:
+            try:
+                count = await loop.sock_recv_into(self._socket, target)
+            except OSError as error:
+                raise ProtocolError(Fault.CLOSED, _reason(error)) from error
+            if count == 0:
+                raise ProtocolError(Fault.CLOSED, f"{len(target)} bytes short")
+            self.received += count
+            target = target[count:]
+
+    async def receive(self, nbytes: int) -> bytes:
+        """The next `nbytes`, which the caller has bounded."""
+        content = bytearray(nbytes)
+        await self.receive_into(memoryview(content))
+        return bytes(content)
+
+    def close(self) -> None:
+        """Close the connection; no task may be reading or writing it any more."""
+        self._socket.close()
+
+
+class Channel:
+    """Frames on a wire: each direction with its own key and its own sequence of numbers.
+
+    peer: the HELLO that came over it, once it has.
+    """
+
+    def __init__(self, wire: Wire, send_key: bytes, receive_key: bytes) -> None:
+        self.wire = wire
+        self.peer: Hello | None = None
+        self._send_key = send_key
+        self._receive_key = receive_key
+        self._next_sent = 0
+        self._next_received = 0
+
+    async def send(self, message: Message) -> None:
+        """Send one message."""
+        frame = encode_frame(message, self._next_sent, self._send_key)
+        self._next_sent += 1
+        await self.wire.send(frame)
+
+    async def receive(self, *expected: type[Message]) -> Message:
+        """The next message, one of the `expected` kinds. Raises ProtocolError for anything else."""
+        header = await self.wire.receive(HEADER_BYTES)
+        kind, length = decode_header(header, self._next_received, expected)
+        rest = await self.wire.receive(length + MAC_BYTES)
+        message = decode_frame(kind, header, rest, self._receive_key)
+        self._next_received += 1
+        if isinstance(message, Hello):
+            self.peer = message
+        return message
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__

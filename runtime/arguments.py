@@ -1,0 +1,45 @@
+"""Command lines: flags in either spelling, and a user's mistake as one line and exit status 2."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from runtime.errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a mistake raises UserError (one line) and a flag must be written out in full."""
+
+    def __init__(self, *arguments, **options) -> None:
+        options.setdefault("allow_abbrev", False)
+        super().__init__(*arguments, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see --help")
+
+
+def normalise_flags(argv: Sequence[str]) -> list[str]:
+    """The same arguments with the hyphens inside flag names as underscores; values, and all after "--", stay."""
+    flags = list(argv)
+    end = flags.index("--") if "--" in flags else len(flags)
+    for position, token in enumerate(flags[:end]):
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            flags[position] = f"--{name.replace('-', '_')}{equals}{value}"
+    return flags
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Exit with the status that `main(arguments)` returns (None: 0).
+
+    A UserError becomes one line "error: ..." on standard error and status 2; Ctrl-C where main does not handle it, 130.
+    """
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status or 0)

@@ -1,0 +1,36 @@
+# The project's own Python environment, .venv: made where it is missing, kept in step with the requirements.
+# Source this with the project's folder as the current one; it sets VENV_PYTHON. PYTHON chooses the Python to build from.
+
+VENV_PYTHON=.venv/bin/python
+
+# ensure_venv FILE: make .venv and install FILE there, unless that version of the requirements is installed already.
+ensure_venv() {
+    local requirements=$1 stamp=.venv/installed_$1
+    if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
+        make_venv || return
+    fi
+    if ! cat requirements*.txt | cmp -s - "$stamp"; then
+        echo "installing $requirements into .venv" >&2
+        "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || return
+        cat requirements*.txt >"$stamp"
+    fi
+}
+
+make_venv() {
+    local base=${PYTHON:-python3}
+    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "error: expected Python 3.10 or newer as $base: install it, or name another by PYTHON=..." >&2
+        return 2
+    fi
+    echo "making .venv" >&2
+    if "$base" -c 'import ensurepip' 2>/dev/null; then
+        "$base" -m venv --clear .venv
+    elif "$base" -m pip --version >/dev/null 2>&1; then
+        # Some distributions cut ensurepip out of their Python; a pip of its own can stand in.
+        "$base" -m venv --clear --without-pip .venv &&
+            "$base" -m pip --python "$VENV_PYTHON" install --quiet --disable-pip-version-check pip
+    else
+        echo "error: expected a Python with ensurepip or pip, got $base with neither: install python3-venv" >&2
+        return 2
+    fi
+}

@@ -1,0 +1,219 @@
+"""Populations of real nodes in one process, and a peer made of blocking sockets that can be made to misbehave."""
+
+import contextlib
+import csv
+import socket
+import time
+from typing import ClassVar
+
+import torch
+from blake3 import blake3
+
+from gossip.event_log import EventLog
+from gossip.evolutionary_node import EvolutionaryNode, GossipConfig
+from gossip.handshake import ANSWERER, CALLER, proof, run_key, session
+from gossip.protocol import (
+    HEADER_BYTES,
+    MAC_BYTES,
+    OPENING_BYTES,
+    PROOF_BYTES,
+    Busy,
+    Decision,
+    End,
+    Hello,
+    Receipt,
+    SnapshotHeader,
+    decide,
+    decode_frame,
+    decode_header,
+    encode_frame,
+    encode_opening,
+)
+from gossip.state import Rule, Schema, StateBuffer
+from runtime.ranks import Identity
+
+SECRET = bytes(range(32))
+RUN_ID = "run"
+PATIENCE = 20.0  # seconds: how long a test waits for what must happen
+
+
+def make_state(value=1.0, shapes=((300, 7), (5,)), terms=None):
+    """(live, schema): a y, a z and a second moment of each shape, all filled with `value`."""
+    live, rules = {}, {}
+    for number, shape in enumerate(shapes):
+        for part, rule in (("y", Rule.WEIGHT), ("z", Rule.WEIGHT), ("v", Rule.SECOND_MOMENT)):
+            live[f"{number}.{part}"] = torch.full(shape, float(value))
+            rules[f"{number}.{part}"] = rule
+    return live, Schema.of(live, rules, terms or {"sf_beta": 0.9})
+
+
+class Rank:
+    """A started node with a tiny state; `train` is one optimizer step that changes nothing."""
+
+    def __init__(self, folder, rank, value=1.0, state=None, world_size=8, seed=0, duty=None, **config):
+        self.live, self.schema = state or make_state(value)
+        self.log = EventLog(folder / "gossip_logs" / f"run_rank_{rank:04d}.tsv", rank)
+        config = {"mixing_rate": 0.0, "filesystem_coordinator": False, "host": "127.0.0.1", **config}
+        self.scalars = {"k": float(rank)}
+        self.step = 0
+        self.fitness = None
+        self.node = EvolutionaryNode(
+            Identity(rank, rank, world_size, world_size, "alone"), RUN_ID, folder, self.schema, self.live,
+            lambda: self.scalars, GossipConfig(**config), self.log, seed, duty, SECRET,
+        )  # fmt: skip
+        self.node.start()
+        self.boundary()
+
+    @property
+    def where(self):
+        host, port = self.node.address.split(":")
+        return host, int(port)
+
+    def boundary(self):
+        return self.node.step_boundary(self.step, self.fitness, {})
+
+    def call(self):
+        """Ask for a call, as a lucky throw of the dice does."""
+        self.node._switchboard.ring()
+
+    def events(self):
+        with open(self.log.path, newline="") as file:
+            return list(csv.DictReader(file, delimiter="\t"))
+
+
+@contextlib.contextmanager
+def ranks(*made):
+    try:
+        yield made
+    finally:
+        for rank in made:
+            rank.node.close()
+            rank.log.close()
+
+
+def until(condition, *turns):
+    """Give every rank in `turns` step boundaries until `condition` holds; returns what it gave."""
+    deadline = time.monotonic() + PATIENCE
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        for rank in turns:
+            rank.boundary()
+        time.sleep(0.0005)  # leaves the core to the network threads
+    return result
+
+
+def hello(schema, rank=7, **changes):
+    fields = {
+        "run_id": RUN_ID, "schema_hash": schema.hash, "rank": rank, "incarnation": "ab" * 16, "step": 5,
+        "generation": 0, "fitness": 1.0,
+    }  # fmt: skip
+    return Hello(**{**fields, **changes})
+
+
+class RawPeer:
+    """One end of a conversation on a blocking socket, step by step, with the secret unless told otherwise."""
+
+    made: ClassVar[list["RawPeer"]] = []
+
+    def __init__(self, connection, initiator=True, secret=SECRET, run_id=RUN_ID):
+        self.socket = connection
+        self.socket.settimeout(PATIENCE)
+        self.initiator = initiator
+        self.key = run_key(secret, run_id)
+        self.sent = self.received = 0
+        self.session = None
+        self.made.append(self)
+
+    @classmethod
+    def call(cls, where, **options):
+        return cls(socket.create_connection(where, timeout=PATIENCE), **options)
+
+    def read(self, nbytes):
+        content = b""
+        while len(content) < nbytes:
+            piece = self.socket.recv(nbytes - len(content))
+            if not piece:
+                raise EOFError
+            content += piece
+        return content
+
+    def closed(self):
+        """Wait for the other end to close."""
+        try:
+            while self.socket.recv(65536):
+                pass
+        except ConnectionError:
+            pass
+        return True
+
+    def openings(self, nonce=bytes(32)):
+        mine = encode_opening(nonce)
+        if self.initiator:
+            self.socket.sendall(mine)
+            return mine + self.read(OPENING_BYTES)
+        theirs = self.read(OPENING_BYTES)
+        self.socket.sendall(mine)
+        return theirs + mine
+
+    def handshake(self):
+        transcript = self.openings()
+        if self.initiator:
+            self.socket.sendall(proof(self.key, CALLER, transcript))
+            assert self.read(PROOF_BYTES) == proof(self.key, ANSWERER, transcript)
+        else:
+            assert self.read(PROOF_BYTES) == proof(self.key, CALLER, transcript)
+            self.socket.sendall(proof(self.key, ANSWERER, transcript))
+        self.session = session(self.key, transcript, self.initiator)
+        return self
+
+    def frame(self, message):
+        frame = encode_frame(message, self.sent, self.session.send_key)
+        self.sent += 1
+        return frame
+
+    def send(self, message):
+        self.socket.sendall(self.frame(message))
+
+    def receive(self, *kinds):
+        header = self.read(HEADER_BYTES)
+        kind, length = decode_header(header, self.received, kinds)
+        self.received += 1
+        return decode_frame(kind, header, self.read(length + MAC_BYTES), self.session.receive_key)
+
+    def greet(self, mine):
+        """HELLOs and DECISIONs; returns the peer's HELLO and the decision, or (Busy, None)."""
+        if self.initiator:
+            self.send(mine)
+            theirs = self.receive(Hello, Busy)
+            if isinstance(theirs, Busy):
+                return theirs, None
+        else:
+            theirs = self.receive(Hello)
+            self.send(mine)
+        decision = decide(*((mine, theirs) if self.initiator else (theirs, mine)), "clonal")
+        self.send(decision)
+        assert self.receive(Decision) == decision
+        return theirs, decision
+
+    def send_snapshot(self, schema, payload, scalars=None, digest=None, **changes):
+        header = {"step": 5, "generation": 0, "nbytes": schema.nbytes, "scalars": scalars or {"k": 7.0}, **changes}
+        self.send(SnapshotHeader(**header))
+        self.socket.sendall(payload)
+        self.send(End(digest or blake3(payload).hexdigest()))
+
+    def receive_snapshot(self):
+        header = self.receive(SnapshotHeader)
+        payload = self.read(header.nbytes)
+        assert self.receive(End).digest == blake3(payload).hexdigest()
+        self.send(Receipt(True))
+        return header, payload
+
+    def close(self):
+        self.socket.close()
+
+
+def payload_of(live, schema):
+    """What a peer sends whose state is `live`, as a bytearray."""
+    buffer = StateBuffer(schema)
+    buffer.copy_from(live)
+    return bytearray(buffer.bytes)

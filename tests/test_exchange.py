@@ -1,0 +1,190 @@
+"""One conversation over real sockets: who sends, what arrives, and what ends it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+
+import pytest
+import torch
+
+from gossip.exchange import PIECE_BYTES, converse
+from gossip.faults import Fault, ProtocolError
+from gossip.protocol import Flow
+from gossip.state import Snapshot, StateBuffer
+from gossip.wire import Channel, Wire
+from tests.gossip_helpers import hello, make_state
+
+KEYS = (bytes(32), bytes(range(32)))
+BIG = ((512, 1024),)  # of 2 MiB, three of them: several pieces, and far more than the sockets hold
+
+
+class Party:
+    """An end with a state of its own, all `value`."""
+
+    scalar_names = frozenset({"k"})
+
+    def __init__(self, rank, fitness, value, method="recombination", shapes=BIG, busy=False, **changes):
+        live, self.schema = make_state(value, shapes)
+        self.said = hello(self.schema, rank, incarnation=f"{rank:032x}", fitness=fitness, **changes)
+        self.method, self.busy, self.asked = method, busy, 0
+        self.send_buffer, self.receive_buffer = StateBuffer(self.schema), StateBuffer(self.schema)
+        self.send_buffer.copy_from(live)
+
+    def hello(self):
+        return self.said
+
+    def claim(self):
+        return not self.busy
+
+    async def snapshot(self, generation):
+        assert generation == self.said.generation
+        self.asked += 1
+        return Snapshot(self.send_buffer, self.said.step + 1, generation, {"k": 2.0})
+
+
+@contextlib.contextmanager
+def connected(buffer_bytes=None):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        caller = socket.socket()
+        if buffer_bytes:
+            for each in (listener, caller):  # before connecting, so that the windows are small too
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        caller.connect(listener.getsockname())
+        answerer, _ = listener.accept()
+    with caller, answerer:
+        yield caller, answerer
+
+
+def talk(caller, answerer, buffer_bytes=None):
+    """What comes of it at both ends: outcomes, or the faults that ended it."""
+
+    async def one_end(connection, party, initiator):
+        send_key, receive_key = KEYS if initiator else KEYS[::-1]
+        channel = Channel(Wire(connection), send_key, receive_key)
+        try:
+            return await asyncio.wait_for(converse(channel, party, initiator), 20)
+        except ProtocolError as error:
+            connection.close()
+            return error.fault
+
+    async def both():
+        return await asyncio.gather(one_end(sockets[0], caller, True), one_end(sockets[1], answerer, False))
+
+    with connected(buffer_bytes) as sockets:
+        return asyncio.run(both())
+
+
+def received(party, value):
+    return all(bool((view == value).all()) for view in party.receive_buffer.views.values())
+
+
+@pytest.mark.parametrize("method", ["clonal", "recombination"])
+@pytest.mark.parametrize("winner", ["caller", "answerer"])
+def test_converse_brings_the_fitter_ones_state_to_the_other(method, winner):
+    parties = [Party(0, 1.0, 11.0, method), Party(1, 2.0, 22.0, method)]
+    caller, answerer = parties if winner == "caller" else parties[::-1]
+    outcomes = dict(zip((caller, answerer), talk(caller, answerer), strict=True))
+    fit, unfit = (outcomes[party] for party in parties)
+    assert received(parties[1], 11.0) and received(parties[0], 0.0)
+    assert unfit.received.step == 6 and unfit.received.scalars == {"k": 2.0} and fit.received is None
+    assert fit.won and not unfit.won and fit.decision == unfit.decision
+    assert parties[1].asked == (0 if method == "clonal" else 1) and (unfit.own is None) == (method == "clonal")
+
+
+def test_converse_lets_both_send_for_the_average():
+    caller, answerer = Party(0, 1.0, 11.0, "average"), Party(1, 2.0, 22.0, "average")
+    ours, theirs = talk(caller, answerer)
+    assert received(caller, 22.0) and received(answerer, 11.0)
+    assert ours.decision.flow is Flow.BOTH and ours.own and ours.received and theirs.own and theirs.received
+    assert ours.won and not theirs.won
+
+
+def test_converse_does_not_wait_for_the_others_socket_buffer_when_both_send():
+    """Two payloads a thousand times the sockets' buffers: whoever only wrote would wait for ever."""
+    caller, answerer = Party(0, 1.0, 11.0, "average"), Party(1, 2.0, 22.0, "average")
+    assert caller.schema.nbytes > 1000 * 2 * 2304
+    talk(caller, answerer, buffer_bytes=2304)
+    assert received(caller, 22.0) and received(answerer, 11.0)
+
+
+@pytest.mark.parametrize("fitness", [(1.0, 1.0), (None, 1.0), (1.0, None), (None, None)])
+@pytest.mark.parametrize("method", ["clonal", "recombination", "average"])
+def test_converse_moves_nothing_when_nobody_wins(fitness, method):
+    caller, answerer = Party(0, fitness[0], 11.0, method), Party(1, fitness[1], 22.0, method)
+    for outcome in talk(caller, answerer):
+        assert outcome.tied and not outcome.won and outcome.received is None and outcome.own is None
+    assert caller.asked == answerer.asked == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"rank": 0}, Fault.RANK_TAKEN),
+        ({"incarnation": f"{0:032x}"}, Fault.SELF),
+        ({"run_id": "another"}, Fault.WRONG_RUN),
+        ({"schema_hash": "0f" * 32}, Fault.SCHEMA_MISMATCH),
+        ({"schema_hash": "0f" * 32, "rank": 0, "run_id": "another"}, Fault.SCHEMA_MISMATCH),
+    ],
+    ids=["rank", "self", "run", "schema", "schema-first"],
+)
+@pytest.mark.parametrize("busy", [False, True])
+def test_converse_tells_both_ends_why_they_may_not_mix(changes, fault, busy):
+    caller, answerer = Party(0, 1.0, 11.0), Party(1, 2.0, 22.0, busy=busy)
+    answerer.said = dataclasses.replace(answerer.said, **changes)
+    assert talk(caller, answerer) == [fault, fault]
+
+
+def test_converse_names_the_heads_of_both_schemas():
+    caller, answerer = Party(0, 1.0, 11.0), Party(1, 2.0, 22.0, shapes=((3, 3),))
+
+    async def both(sockets):
+        ends = [(sockets[0], caller, True), (sockets[1], answerer, False)]
+        return await asyncio.gather(
+            *(converse(Channel(Wire(s), *(KEYS if i else KEYS[::-1])), p, i) for s, p, i in ends),
+            return_exceptions=True,
+        )
+
+    with connected() as sockets:
+        for error in asyncio.run(both(sockets)):
+            assert caller.schema.hash[:12] in str(error) and answerer.schema.hash[:12] in str(error)
+
+
+def test_converse_hears_busy_and_tells_nothing_else():
+    caller, answerer = Party(0, 1.0, 11.0), Party(1, 2.0, 22.0, busy=True)
+    assert talk(caller, answerer) == [Fault.BUSY, Fault.BUSY]
+    assert caller.asked == answerer.asked == 0
+
+
+def test_converse_ends_when_the_two_decisions_differ():
+    caller, answerer = Party(0, 1.0, 11.0, "average"), Party(1, 2.0, 22.0, "clonal")
+    answerer.schema = caller.schema
+    assert talk(caller, answerer) == [Fault.DECISION_DIFFERS, Fault.DECISION_DIFFERS]
+
+
+def test_converse_applies_an_average_at_neither_end_when_one_is_refused():
+    caller, answerer = Party(0, 1.0, 11.0, "average"), Party(1, 2.0, 22.0, "average")
+    answerer.send_buffer.views["0.z"][300, 7] = torch.nan
+    assert talk(caller, answerer) == [Fault.NOT_FINITE, Fault.REJECTED]
+
+
+def test_converse_refuses_a_snapshot_of_other_scalars():
+    caller, answerer = Party(0, 1.0, 11.0), Party(1, 2.0, 22.0)
+    answerer.scalar_names = frozenset({"k", "lr_max"})
+    assert talk(caller, answerer)[1] is Fault.BAD_SNAPSHOT
+
+
+def test_converse_finds_what_changed_under_way(monkeypatch):
+    """The sender's digest is of what it meant to send: a byte that flips after that is found."""
+    caller, answerer = Party(0, 1.0, 11.0), Party(1, 2.0, 22.0)
+    whole_send = Wire.send
+
+    async def flipping(wire, content):
+        if len(content) == PIECE_BYTES:
+            content = bytearray(content)
+            content[12345] ^= 1
+        await whole_send(wire, content)
+
+    monkeypatch.setattr(Wire, "send", flipping)
+    assert talk(caller, answerer) == [Fault.REJECTED, Fault.DIGEST_MISMATCH]

@@ -1,0 +1,326 @@
+import json
+import os
+import time
+
+import pytest
+
+from gossip.filesystem_coordinator import FilesystemCoordinator, Roster
+from gossip.registry import RANK_FILE_LIMIT, rank_file, rank_files, read_entry, read_ranking
+
+HEARTBEAT = 2.0
+TIMEOUT = 10.0
+
+
+class Clock:
+    def __init__(self, now=0.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+class Population:
+    """Coordinators of several ranks in one folder, each with a clock of its own; a test advances them."""
+
+    def __init__(self, directory, ranks, world_size=None):
+        self.directory = directory
+        self.world_size = world_size or len(ranks)
+        self.clocks, self.members, self.fitness = {}, {}, {}
+        for rank in ranks:
+            self.start(rank, f"first-{rank}")
+
+    def start(self, rank, incarnation):
+        # Monotonic clocks of different hosts count from anywhere: here they are a day apart.
+        self.clocks[rank] = Clock(86400.0 * rank)
+        self.members[rank] = FilesystemCoordinator(
+            self.directory, rank, self.world_size, incarnation, TIMEOUT, self.clocks[rank]
+        )
+
+    def record(self, rank):
+        return {"address": f"127.0.0.1:{5000 + rank}", "step": 10 + rank, "fitness": self.fitness.get(rank), "won": 7}
+
+    def round(self, ranks=None, times=1):
+        """One heartbeat of each of `ranks`, in order; time passes for everybody, dead or alive."""
+        rosters = {}
+        for _ in range(times):
+            for clock in self.clocks.values():
+                clock.now += HEARTBEAT
+            for rank in self.members if ranks is None else ranks:
+                rosters[rank] = self.members[rank].beat(self.record(rank))
+        return rosters
+
+
+def live(roster: Roster):
+    return [member.rank for member in roster.members if member.live]
+
+
+def test_coordinator_alone_leads_and_stands_best(tmp_path):
+    coordinator = FilesystemCoordinator(tmp_path / "population", 0, 1, "only", TIMEOUT, Clock())
+    roster = coordinator.beat({"address": "127.0.0.1:5000", "step": 3, "fitness": 1.5, "host": "here"})
+    assert coordinator.is_leader and roster.leader == 0
+    me = roster.member(0)
+    assert (me.live, me.step, me.fitness, me.standing, me.address) == (True, 3, 1.5, 0.0, "127.0.0.1:5000")
+    assert me.record == {"host": "here"}
+    assert roster.peers(0) == () and roster.member(1) is None
+
+
+def test_coordinator_everybody_sees_everybody_move(tmp_path):
+    population = Population(tmp_path, range(4))
+    first = population.round()
+    assert live(first[0]) == [0]  # nobody was seen to move yet
+    rosters = population.round(times=3)
+    for rank in range(4):
+        assert live(rosters[rank]) == [0, 1, 2, 3]
+        assert rosters[rank].leader == 0
+        assert [peer.rank for peer in rosters[rank].peers(rank)] == [r for r in range(4) if r != rank]
+    assert [population.members[rank].is_leader for rank in range(4)] == [True, False, False, False]
+    assert rosters[3].member(1).address == "127.0.0.1:5001"
+    assert rosters[3].member(1).record == {"won": 7}
+
+
+def test_coordinator_followers_read_the_ranking_alone(tmp_path, monkeypatch):
+    population = Population(tmp_path, range(3))
+    population.round(times=3)
+    read = []
+    monkeypatch.setattr("gossip.filesystem_coordinator.read_entry", lambda rank, path: read.append(rank))
+    population.round([1, 2])
+    assert read == []
+
+
+def test_coordinator_standing_orders_the_live_with_known_fitness(tmp_path):
+    population = Population(tmp_path, range(4))
+    population.fitness = {0: 2.0, 1: 1.0, 2: None, 3: 1.5}
+    rosters = population.round(times=4)
+    for rank in range(4):
+        assert [member.standing for member in rosters[rank].members] == [1.0, 0.0, None, 0.5]
+    assert read_ranking(tmp_path)["ranking"] == [1, 3, 0]
+    rosters = population.round([0, 2, 3], times=8)  # rank 1 is dead: the best of the living is best
+    assert [member.standing for member in rosters[3].members] == [1.0, None, None, 0.0]
+
+
+def test_coordinator_calls_a_member_dead_when_its_number_stands_still(tmp_path):
+    population = Population(tmp_path, range(3))
+    population.round(times=4)
+    rosters = population.round([0, 2], times=4)
+    assert live(rosters[0]) == live(rosters[2]) == [0, 1, 2]  # 8 of 10 seconds
+    rosters = population.round([0, 2], times=3)
+    assert live(rosters[0]) == live(rosters[2]) == [0, 2]
+    assert not rosters[0].member(1).live and rosters[0].member(1).state == "running"
+    rosters = population.round(times=2)  # it was only stopped
+    assert live(rosters[0]) == live(rosters[2]) == [0, 1, 2]
+
+
+def test_coordinator_elects_the_lowest_within_timeout_and_heartbeat(tmp_path):
+    population = Population(tmp_path, range(4))
+    population.round(times=4)
+    rounds = int(TIMEOUT / HEARTBEAT)
+    rosters = population.round([1, 2, 3], times=rounds - 1)
+    assert [population.members[rank].is_leader for rank in (1, 2, 3)] == [False] * 3
+    rosters = population.round([1, 2, 3])
+    assert [population.members[rank].is_leader for rank in (1, 2, 3)] == [True, False, False]
+    assert rosters[3].leader == 1
+    rosters = population.round([1, 2, 3], times=2)
+    for rank in (1, 2, 3):
+        assert live(rosters[rank]) == [1, 2, 3]
+        assert rosters[rank].leader == 1
+
+
+def test_coordinator_elects_at_once_when_the_leader_leaves(tmp_path):
+    population = Population(tmp_path, range(3))
+    population.round(times=4)
+    left = population.members[0].leave(population.record(0))
+    assert live(left) == [1, 2]
+    rosters = population.round([1, 2])
+    assert rosters[1].leader == rosters[2].leader == 1
+    assert population.members[1].is_leader
+    assert live(rosters[2]) == [1, 2] and rosters[2].member(0).state == "left"
+
+
+def test_coordinator_lower_rank_takes_over_when_it_returns(tmp_path):
+    population = Population(tmp_path, range(3))
+    population.round(times=4)
+    population.round([1, 2], times=7)
+    assert population.members[1].is_leader
+    population.start(0, "second-0")
+    rosters = population.round(times=2)
+    assert [population.members[rank].is_leader for rank in range(3)] == [True, False, False]
+    assert {roster.leader for roster in rosters.values()} == {0}
+    assert live(rosters[2]) == [0, 1, 2]
+    assert rosters[2].member(0).incarnation == "second-0"
+
+
+def test_coordinator_lower_rank_takes_over_from_a_higher_leader(tmp_path):
+    population = Population(tmp_path, [2, 3], world_size=4)
+    population.round(times=8)
+    assert population.members[2].is_leader  # ranks 0 and 1 never came
+    population.start(1, "first-1")
+    population.round(times=3)
+    assert [population.members[rank].is_leader for rank in (1, 2, 3)] == [True, False, False]
+
+
+def test_coordinator_stopped_leader_yields_to_nobody_lower_and_two_leaders_do_no_harm(tmp_path):
+    population = Population(tmp_path, range(4))
+    population.round(times=4)
+    population.round([1, 2, 3], times=7)
+    assert population.members[0].is_leader and population.members[1].is_leader  # 0 was stopped and knows nothing
+    rosters = population.round([1, 0, 3, 2])
+    assert live(rosters[3]) == live(rosters[2]) == [0, 1, 2, 3]
+    population.round([3, 2, 1, 0], times=2)
+    rosters = population.round()
+    assert [population.members[rank].is_leader for rank in range(4)] == [True, False, False, False]
+    assert {roster.leader for roster in rosters.values()} == {0}
+
+
+def test_coordinator_ghosts_of_an_older_run_are_not_alive(tmp_path):
+    old = Population(tmp_path, range(4))
+    old.round(times=4)
+    new = Population(tmp_path, [])
+    new.start(0, "second-0")
+    new.start(2, "second-2")
+    rosters = new.round()
+    assert live(rosters[0]) == [0] and live(rosters[2]) == [2]
+    rosters = new.round()
+    assert live(rosters[0]) == [0, 2]  # a new incarnation is news, not a ghost
+    rosters = new.round(times=3)
+    assert live(rosters[0]) == live(rosters[2]) == [0, 2]
+    assert rosters[0].member(2).incarnation == "second-2"
+    assert rosters[2].peers(2) == (rosters[2].member(0),)
+
+
+def test_coordinator_ignores_a_replaced_incarnation_that_shows_again(tmp_path):
+    population = Population(tmp_path, range(3))
+    population.round(times=4)
+    older = rank_file(tmp_path, 1).read_bytes()
+    population.start(1, "second-1")
+    population.round(times=2)
+    for _ in range(8):  # a cached read of the older file, in place of the newer
+        newer = rank_file(tmp_path, 1).read_bytes()
+        rank_file(tmp_path, 1).write_bytes(older)
+        rosters = population.round([0, 2])
+        assert rosters[2].member(1).incarnation == rosters[0].member(1).incarnation == "second-1"
+        rank_file(tmp_path, 1).write_bytes(newer)
+    assert live(rosters[0]) == [0, 2]
+
+
+def test_coordinator_a_lower_number_is_no_sign_of_life(tmp_path):
+    population = Population(tmp_path, range(2))
+    population.round(times=2)
+    older = rank_file(tmp_path, 1).read_bytes()
+    population.round(times=2)
+    newer = rank_file(tmp_path, 1).read_bytes()
+    for content in (older, newer) * 4:
+        rank_file(tmp_path, 1).write_bytes(content)
+        roster = population.round([0])[0]
+    assert live(roster) == [0]
+
+
+ENTRY = {"rank": 1, "incarnation": "a", "sequence": 9, "world_size": 2, "state": "running", "address": None}
+BROKEN = {
+    "empty": b"",
+    "torn": json.dumps(ENTRY).encode()[:20],
+    "not-utf8": b"\xff\xfe",
+    "no-object": b"[1]",
+    "deep": b"[" * 60000,
+    "nan": json.dumps({**ENTRY, "fitness": float("nan")}).encode(),
+    "infinite": json.dumps(ENTRY).encode().replace(b"null", b"1e999"),
+    "too-long": json.dumps({**ENTRY, "note": "x" * RANK_FILE_LIMIT}).encode(),
+    "another-rank": json.dumps({**ENTRY, "rank": 0}).encode(),
+    "text-sequence": json.dumps({**ENTRY, "sequence": "9"}).encode(),
+    "true-sequence": json.dumps({**ENTRY, "sequence": True}).encode(),
+    "negative-step": json.dumps({**ENTRY, "step": -1}).encode(),
+    "odd-state": json.dumps({**ENTRY, "state": "asleep"}).encode(),
+    "number-address": json.dumps({**ENTRY, "address": 5000}).encode(),
+    "no-incarnation": json.dumps({k: v for k, v in ENTRY.items() if k != "incarnation"}).encode(),
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_coordinator_skips_and_counts_a_broken_rank_file(tmp_path, content):
+    population = Population(tmp_path, range(3))
+    population.round(times=3)
+    rank_file(tmp_path, 1).write_bytes(content)
+    roster = population.round([0, 2])[0]
+    assert population.members[0].unreadable == 1
+    assert live(roster) == [0, 1, 2]  # one torn read kills nobody
+    assert roster.member(1).step == 11
+    assert live(population.round([0, 2], times=6)[2]) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"leader": 0', b'{"members": []}', b"[]"], ids=["empty", "torn", "bare", "list"]
+)
+def test_coordinator_goes_on_over_a_broken_ranking(tmp_path, content):
+    population = Population(tmp_path, range(3))
+    population.round(times=3)
+    (tmp_path / "ranking.json").write_bytes(content)
+    rosters = population.round([1, 2])
+    assert rosters[2].leader == 0 and live(rosters[2]) == [0, 1, 2]
+    assert population.members[2].unreadable == 1
+    assert live(population.round()[2]) == [0, 1, 2]
+
+
+def test_coordinator_unreadable_member_is_passed_over(tmp_path):
+    population = Population(tmp_path, range(3))
+    population.round(times=3)
+    rank_file(tmp_path, 1).unlink()
+    rank_file(tmp_path, 1).mkdir()  # reading it is an OSError, for root too
+    assert live(population.round([0, 2])[2]) == [0, 1, 2]
+    assert population.members[0].unreadable == 1
+
+
+def test_coordinator_raises_when_its_own_file_cannot_be_written_and_goes_on_after(tmp_path):
+    population = Population(tmp_path / "population", range(2))
+    population.round(times=3)
+    os.rename(tmp_path / "population", tmp_path / "away")
+    for rank in (0, 1):
+        with pytest.raises(OSError):
+            population.round([rank])
+    os.rename(tmp_path / "away", tmp_path / "population")
+    assert live(population.round(times=2)[1]) == [0, 1]
+
+
+def test_coordinator_publishes_numbers_that_are_not_finite_as_unknown(tmp_path):
+    population = Population(tmp_path, range(2))
+    population.fitness = {0: float("nan"), 1: float("inf")}
+    rosters = population.round(times=3)
+    assert live(rosters[0]) == [0, 1] and rosters[0].member(1).fitness is None
+    assert read_entry(1, rank_file(tmp_path, 1))["fitness"] is None
+
+
+def test_coordinator_leaves_nothing_but_its_files(tmp_path):
+    population = Population(tmp_path, range(2))
+    population.round(times=3)
+    assert sorted(os.listdir(tmp_path)) == ["rank_0000.json", "rank_0001.json", "ranking.json"]
+
+
+def test_rank_files_takes_exact_names_only(tmp_path):
+    for name in (
+        "rank_0002.json",
+        "rank_12345.json",
+        "rank_00003.json",
+        "rank_1.json",
+        ".rank_0000.json.7.tmp",
+        "0004",
+    ):
+        (tmp_path / name).touch()
+    assert [rank for rank, _ in rank_files(tmp_path)] == [2, 12345]
+
+
+def test_coordinator_folds_and_reads_1024_members(tmp_path):
+    entry = {"incarnation": "x" * 16, "world_size": 1024, "state": "running", "address": "10.0.0.1:40000", "won": 3}
+    clock = Clock()
+    leader = FilesystemCoordinator(tmp_path, 0, 1024, "leader", TIMEOUT, clock)
+    follower = FilesystemCoordinator(tmp_path, 1, 1024, "x" * 16, TIMEOUT, clock)
+    for sequence in (1, 2, 3):
+        for rank in range(1, 1024):
+            content = {**entry, "rank": rank, "sequence": sequence, "step": sequence, "fitness": 1.0 + rank / 1024}
+            rank_file(tmp_path, rank).write_text(json.dumps(content))
+        clock.now += HEARTBEAT
+        began = time.perf_counter()
+        roster = leader.beat({"step": sequence, "fitness": 1.0})
+        folded = time.perf_counter()
+        seen = follower.beat({"step": sequence, "fitness": 1.0 + 1 / 1024})
+        read = time.perf_counter()
+    assert len(live(roster)) == len(live(seen)) == 1024
+    assert seen.member(1023).standing == 1.0 and len(seen.peers(1)) == 1022
+    print(f"1024 members: fold {1e3 * (folded - began):.0f} ms, read {1e3 * (read - folded):.0f} ms")

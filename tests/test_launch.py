@@ -1,0 +1,226 @@
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.launch import RepeatFilter, default_threads, exit_status, rank_environment, usable_cores
+
+ROOT = Path(__file__).parent.parent
+
+# A rank that says each signal it gets, and leaves with status 0 after as many of them as its argument says.
+LISTENER = """
+import os, signal, sys
+signal.alarm(20)  # no orphan outlives a failed test
+numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+say = lambda line: os.write(1, f"{line}\\n".encode())  # whole lines: rank 0 shares its pipe with the launcher
+say("ready")
+for _ in range(int(sys.argv[1])):
+    say(signal.Signals(signal.sigwait(numbers)).name)
+say(f"pending {len(signal.sigpending() & set(numbers))}")
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts the launcher on a script of the test's own; returns the process with its two streams."""
+    started = []
+
+    def start(source, *arguments, ranks=2, options=(), stdin=subprocess.DEVNULL, **extra):
+        script = tmp_path / "script.py"
+        script.write_text(source)
+        command = [sys.executable, "-m", "runtime.launch", "--ranks", str(ranks), *options, "--", str(script)]
+        streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **extra}
+        process = subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, text=True, **streams)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def expect_lines(process, *lines):
+    """Read as many lines of standard output, in any order; they must be these."""
+    assert sorted(process.stdout.readline().rstrip("\n") for _ in lines) == sorted(lines)
+
+
+WHO = """
+import os, sys
+names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"]
+words = [*(os.environ[name] for name in names), *sys.argv[1:], f"{os.getsid(0) == os.getpid()}\\n"]
+os.write(1, " ".join(words).encode())
+"""
+
+
+def test_launch_tells_each_rank_who_it_is(launch):
+    process = launch(WHO, "--flag", "a b", "--", ranks=3, options=["--threads-per-rank", "5"])
+    output, errors = process.communicate()
+    assert sorted(output.splitlines()) == [
+        "0 0 3 3 5 --flag a b -- True",
+        "[rank 1] 1 1 3 3 5 --flag a b -- True",
+        "[rank 2] 2 2 3 3 5 --flag a b -- True",
+    ]
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_default_threads_shares_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+    monkeypatch.setattr("runtime.launch.usable_cores", lambda: 16)
+    assert [default_threads(ranks) for ranks in (1, 4, 5, 64)] == [16, 4, 3, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert default_threads(4) == 7
+
+
+def test_rank_environment_is_understood_by_ranks():
+    from runtime.ranks import Identity, identity_from_environment
+
+    assert identity_from_environment(rank_environment(2, 4, 1)) == Identity(2, 2, 4, 4, "torchrun")
+
+
+@pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
+def test_launch_passes_a_signal_once_to_each_rank_and_a_second_again(launch, sent, heard):
+    process = launch(LISTENER, 2)
+    expect_lines(process, "ready", "[rank 1] ready")
+    process.send_signal(signal.Signals[sent])
+    expect_lines(process, heard, f"[rank 1] {heard}")
+    process.send_signal(signal.Signals[sent])
+    expect_lines(process, *(prefix + line for prefix in ("", "[rank 1] ") for line in (heard, "pending 0")))
+    assert process.wait() == 0
+
+
+def test_launch_passes_sigusr1_and_goes_on(launch):
+    process = launch(LISTENER, 2)
+    expect_lines(process, "ready", "[rank 1] ready")
+    process.send_signal(signal.SIGUSR1)
+    expect_lines(process, "SIGUSR1", "[rank 1] SIGUSR1")
+    process.send_signal(signal.SIGINT)
+    expect_lines(process, "SIGINT", "[rank 1] SIGINT", "pending 0", "[rank 1] pending 0")
+    assert process.wait() == 0
+
+
+def test_launch_ctrl_c_in_a_terminal_reaches_each_rank_once(tmp_path):
+    terminal, side = pty.openpty()
+    take_terminal = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    (tmp_path / "listener.py").write_text(LISTENER)
+    command = [sys.executable, "-m", "runtime.launch", "--ranks", "2", "--", str(tmp_path / "listener.py"), "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", take_terminal, *command],
+        cwd=ROOT,
+        text=True,
+        stdin=side,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with process:
+        expect_lines(process, "ready", "[rank 1] ready")
+        os.write(terminal, b"\x03")
+        expect_lines(process, "SIGINT", "[rank 1] SIGINT", "pending 0", "[rank 1] pending 0")
+    assert process.returncode == 0
+    os.close(terminal)
+    os.close(side)
+
+
+def test_launch_rank_0_keeps_the_terminal_without_its_input(launch):
+    terminal, side = pty.openpty()
+    source = "import os, sys; os.write(2, f'{sys.stdin.read()!r} {os.isatty(2)} {os.isatty(0)}\\n'.encode())"
+    process = launch(source, stderr=side, stdin=side)
+    assert process.wait() == 0
+    os.close(side)
+    assert sorted(os.read(terminal, 4096).decode().split("\r\n")) == ["", "'' True False", "[rank 1] '' False False"]
+    os.close(terminal)
+
+
+def test_launch_one_death_does_not_end_the_others(launch):
+    source = """
+import os, signal
+signal.alarm(20)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.write(1, b"ready\\n")
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.sigwait([signal.SIGTERM])
+os.write(1, b"done\\n")
+"""
+    process = launch(source, ranks=3)
+    expect_lines(process, "ready", "[rank 1] ready", "[rank 2] ready")
+    assert process.stderr.readline() == "rank 1 was killed by SIGKILL\n"
+    process.send_signal(signal.SIGTERM)
+    expect_lines(process, "done", "[rank 2] done")
+    assert process.wait() == 128 + 9
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    "failures, status", [([], 0), ([3, 137], 3), ([137, 3], 137), ([3, 2], 2)], ids=["none", "3", "killed", "usage"]
+)
+def test_exit_status_is_of_the_first_to_fail_unless_a_user_erred(failures, status):
+    assert exit_status(failures) == status
+
+
+def test_launch_says_how_each_rank_failed_and_exits_with_2_if_any_did(launch):
+    process = launch("import os; os._exit([0, 7, 2][int(os.environ['RANK'])])", ranks=3)
+    _, errors = process.communicate()
+    assert sorted(errors.splitlines()) == ["rank 1 exited with status 7", "rank 2 exited with status 2"]
+    assert process.returncode == 2
+
+
+def test_launch_shows_an_error_of_many_ranks_once(launch):
+    source = """
+import os
+if os.environ["RANK"] != "0":
+    os.write(2, f"expected a file, got none\\nmine is {os.environ['RANK']}\\n".encode())
+"""
+    _, errors = launch(source, ranks=4).communicate()
+    lines = sorted(line.split("] ") for line in errors.splitlines())
+    assert [said for _, said in lines].count("expected a file, got none") == 1
+    assert [(tag, said) for tag, said in lines if "mine" in said] == [(f"[rank {r}", f"mine is {r}") for r in (1, 2, 3)]
+
+
+def test_repeat_filter_lets_a_rank_repeat_itself():
+    news = RepeatFilter()
+    said = [(1, b"a"), (2, b"a"), (1, b"a"), (2, b"a"), (2, b"a"), (1, b"b"), (1, b"a")]
+    assert [news.is_news(rank, line) for rank, line in said] == [True, False, True, False, True, True, False]
+
+
+def test_launch_relays_endless_lines_and_bytes_that_are_no_text(launch, tmp_path):
+    source = "import os; os.environ['RANK'] == '1' and os.write(2, b'\\xff' * 200_000 + b'\\nend')"
+    with open(tmp_path / "errors", "wb") as errors:
+        assert launch(source, stderr=errors).wait() == 0
+    content = (tmp_path / "errors").read_bytes()
+    assert content.count(b"\xff") >= 65536 and content.endswith(b"[rank 1] end\n")
+
+
+def test_launch_drains_ranks_when_its_own_reader_is_gone(launch):
+    source = "import os, sys; os.environ['RANK'] == '1' and sys.stderr.write('x\\n' * 500_000)"
+    reader, writer = os.pipe()
+    process = launch(source, stderr=writer)
+    os.close(reader)
+    os.close(writer)
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--ranks", "0", "--", __file__], "--ranks of at least 1, got 0"),
+        (["--ranks", "2", "--threads_per_rank", "0", "--", __file__], "--threads_per_rank of at least 1, got 0"),
+        (["--ranks", "2", "--", "absent.py"], "script after --, got 'absent.py'"),
+        (["--ranks", "2"], "script after --, got nothing"),
+        ([], "required: --ranks"),
+    ],
+    ids=["no-ranks", "no-threads", "no-file", "no-script", "nothing"],
+)
+def test_launch_refuses_bad_input_with_status_2(arguments, said):
+    command = [sys.executable, "-m", "runtime.launch", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr

@@ -1,0 +1,145 @@
+"""Merging: what each method gives, what it keeps, and that it happens whole or not at all."""
+
+import pytest
+import torch
+
+from gossip import merge as merge_module
+from gossip.merge import merge, swap
+from gossip.state import Rule, Schema, StateBuffer
+
+SHAPES = {"y": (40, 30), "z": (40, 30), "v": (40, 30), "bias.y": (7,)}
+SCHEMA = Schema.of(
+    {name: torch.ones(shape) for name, shape in SHAPES.items()},
+    {name: Rule.SECOND_MOMENT if name == "v" else Rule.WEIGHT for name in SHAPES},
+    {},
+)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(merge_module, "PIECE_ITEMS", 256)  # several pieces to a tensor
+
+
+def state(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(shape, generator=generator) - (0.0 if name == "v" else 0.5) for name, shape in SHAPES.items()
+    }
+
+
+def buffered(tensors):
+    buffer = StateBuffer(SCHEMA)
+    buffer.copy_from(tensors)
+    return buffer.views
+
+
+def clone(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def assert_same(a, b, rtol=0.0, atol=0.0):
+    for name in SHAPES:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol)
+
+
+def test_merge_clonal_takes_all():
+    live, peer = state(1), state(2)
+    merge(live, SCHEMA, buffered(peer), None, "clonal", 0.5)
+    assert_same(live, peer)
+
+
+def test_merge_recombination_moves_weights_by_a_difference():
+    live, own, peer = state(1), state(2), state(3)
+    before = clone(live)
+    merge(live, SCHEMA, buffered(peer), buffered(own), "recombination", 0.3)
+    for name in ("y", "z", "bias.y"):
+        torch.testing.assert_close(live[name], before[name] + 0.3 * (peer[name] - own[name]))
+
+
+def test_merge_interpolates_second_moments_and_keeps_them_from_falling_below_zero():
+    live, own, peer = state(1), state(2), state(3)
+    own["v"] += 100.0  # a difference would take the moments far below zero
+    before = clone(live)
+    merge(live, SCHEMA, buffered(peer), buffered(own), "recombination", 0.9)
+    torch.testing.assert_close(live["v"], torch.lerp(before["v"], peer["v"], 0.9))
+    assert live["v"].min() >= 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-7, 0.1, 0.5, 1 - 1e-7, 1.0])
+def test_merge_never_makes_a_second_moment_negative(alpha):
+    live, peer = state(1), state(2)
+    live["v"] *= torch.logspace(-30, 30, 30)
+    peer["v"] *= torch.logspace(30, -30, 30)
+    peer["v"][::3] = 0.0
+    merge(live, SCHEMA, buffered(peer), None, "recombination", alpha)
+    assert live["v"].min() >= 0 and live["v"].isfinite().all()
+
+
+def test_merge_without_an_own_snapshot_interpolates_the_live_weights():
+    live, peer = state(1), state(2)
+    before = clone(live)
+    merge(live, SCHEMA, buffered(peer), None, "recombination", 0.25)
+    assert_same(live, {name: torch.lerp(before[name], peer[name], 0.25) for name in SHAPES}, rtol=1e-6, atol=1e-6)
+
+
+def test_merge_average_keeps_the_sum_of_a_pair_that_trained_on():
+    """Both ends move on between snapshot and merge, each by its own steps, which are kept whole."""
+    a_then, b_then = state(1), state(2)
+    a_now = {name: tensor + 0.01 * state(3)[name] for name, tensor in a_then.items()}
+    b_now = {name: tensor + 0.02 * state(4)[name] for name, tensor in b_then.items()}
+    a, b = clone(a_now), clone(b_now)
+    merge(a, SCHEMA, buffered(b_then), buffered(a_then), "average", 0.123)
+    merge(b, SCHEMA, buffered(a_then), buffered(b_then), "average", 0.123)
+    for name in ("y", "z", "bias.y"):
+        torch.testing.assert_close(a[name] + b[name], a_now[name] + b_now[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a[name] - b[name], (a_now[name] - a_then[name]) - (b_now[name] - b_then[name]),
+                                   rtol=1e-5, atol=1e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["clonal", "recombination", "average"])
+def test_merge_leaves_in_the_peer_buffer_what_it_overwrote(method):
+    live, own, peer = state(1), state(2), state(3)
+    before, views = clone(live), buffered(peer)
+    merge(live, SCHEMA, views, buffered(own), method, 0.5)
+    merged = clone(live)
+    assert_same(views, before)
+    swap(live, SCHEMA, views)
+    assert_same(live, before)
+    assert_same(views, merged)
+
+
+@pytest.mark.parametrize("method", ["clonal", "recombination", "average"])
+def test_merge_undoes_itself_on_an_error_in_the_middle(method, monkeypatch):
+    live, own, peer = state(1), state(2), state(3)
+    before = clone(live)
+    broken = buffered(peer)
+    whole = merge_module._pieces
+
+    def breaking(*arguments):
+        for number, piece in enumerate(whole(*arguments)):
+            if number == 7:
+                assert not torch.equal(live["y"], before["y"])  # it was under way
+                raise MemoryError
+            yield piece
+
+    monkeypatch.setattr(merge_module, "_pieces", breaking)
+    with pytest.raises(MemoryError):
+        merge(live, SCHEMA, broken, buffered(own), method, 0.5)
+    assert_same(live, before)
+
+
+def test_merge_undoes_itself_when_the_peer_lacks_a_tensor():
+    live, peer = state(1), buffered(state(2))
+    before = clone(live)
+    del peer["bias.y"]
+    with pytest.raises(KeyError):
+        merge(live, SCHEMA, peer, None, "clonal", 0.5)
+    assert_same(live, before)
+
+
+def test_merge_writes_parameters_in_place_and_needs_no_gradient():
+    live = {name: torch.nn.Parameter(tensor) for name, tensor in state(1).items()}
+    places = {name: tensor.data_ptr() for name, tensor in live.items()}
+    merge(live, SCHEMA, buffered(state(2)), buffered(state(3)), "recombination", 0.5)
+    assert {name: tensor.data_ptr() for name, tensor in live.items()} == places
+    assert all(tensor.grad is None and tensor.is_leaf for tensor in live.values())

@@ -1,0 +1,102 @@
+"""The schema's hash and layout, the flat buffers, and the checks on what arrives."""
+
+import math
+
+import pytest
+import torch
+
+from gossip.faults import Fault
+from gossip.state import ALIGNMENT, Rule, Schema, StateBuffer, payload_fault
+
+TERMS = {"sf_beta": 0.9, "merge_method": "average"}
+
+
+def schema_of(tensors, moments=(), terms=TERMS):
+    rules = {name: Rule.SECOND_MOMENT if name in moments else Rule.WEIGHT for name in tensors}
+    return Schema.of(tensors, rules, terms)
+
+
+def test_schema_hash_is_the_same_for_the_same_state():
+    assert schema_of({"y": torch.ones(3)}).hash == schema_of({"y": torch.zeros(3)}, terms=dict(TERMS)).hash
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        schema_of({"x": torch.ones(3, 2), "v": torch.ones(2)}, ["v"]),
+        schema_of({"y": torch.ones(2, 3), "v": torch.ones(2)}, ["v"]),
+        schema_of({"y": torch.ones(3, 2).half(), "v": torch.ones(2)}, ["v"]),
+        schema_of({"v": torch.ones(2), "y": torch.ones(3, 2)}, ["v"]),
+        schema_of({"y": torch.ones(3, 2)}),
+        schema_of({"y": torch.ones(3, 2), "v": torch.ones(2)}, []),
+        schema_of({"y": torch.ones(3, 2), "v": torch.ones(2)}, ["v"], {**TERMS, "sf_beta": 0.95}),
+        schema_of({"y": torch.ones(3, 2), "v": torch.ones(2)}, ["v"], {"sf_beta": 0.9}),
+    ],
+    ids=["name", "shape", "dtype", "order", "missing", "rule", "term", "missing-term"],
+)
+def test_schema_hash_differs_for_another(other):
+    assert other.hash != schema_of({"y": torch.ones(3, 2), "v": torch.ones(2)}, ["v"]).hash
+
+
+def test_schema_hash_depends_on_the_protocol_version(monkeypatch):
+    before = schema_of({"y": torch.ones(3)}).hash
+    monkeypatch.setattr("gossip.state.VERSION", 2)
+    assert schema_of({"y": torch.ones(3)}).hash != before
+
+
+def test_schema_spans_cover_the_payload_without_gaps():
+    tensors = {"a.y": torch.ones(5), "b.y": torch.ones(100), "a.v": torch.ones(5), "c.y": torch.ones(1).double()}
+    schema = schema_of(tensors, ["a.v"])
+    assert [(span.dtype, span.rule) for span in schema.spans] == [
+        ("float32", Rule.WEIGHT), ("float32", Rule.SECOND_MOMENT), ("float64", Rule.WEIGHT),
+    ]  # fmt: skip
+    assert schema.spans[0].start == 0 and schema.spans[-1].stop == schema.nbytes
+    assert all(a.stop == b.start for a, b in zip(schema.spans, schema.spans[1:], strict=False))
+
+
+def test_state_buffer_holds_what_was_copied_at_aligned_places():
+    tensors = {"y": torch.randn(7, 3), "h": torch.randn(5).bfloat16(), "v": torch.rand(2, 2).double()}
+    schema = schema_of(tensors, ["v"])
+    buffer = StateBuffer(schema)
+    assert buffer.copy_from(tensors) is None
+    for name, tensor in tensors.items():
+        assert torch.equal(buffer.views[name], tensor)
+        assert buffer.views[name].data_ptr() % ALIGNMENT == 0
+    assert len(buffer.bytes) == schema.nbytes == 128 + 64 + 64
+
+
+def test_state_buffer_of_received_bytes_shows_the_sent_tensors():
+    tensors = {"y": torch.randn(70, 3), "v": torch.rand(9)}
+    schema = schema_of(tensors, ["v"])
+    ours, theirs = StateBuffer(schema), StateBuffer(schema)
+    ours.copy_from(tensors)
+    theirs.bytes[:] = ours.bytes
+    assert all(torch.equal(theirs.views[name], tensor) for name, tensor in tensors.items())
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("y", math.nan, Fault.NOT_FINITE),
+        ("y", math.inf, Fault.NOT_FINITE),
+        ("y", -math.inf, Fault.NOT_FINITE),
+        ("v", math.nan, Fault.NOT_FINITE),
+        ("v", -1e-6, Fault.NEGATIVE_SECOND_MOMENT),
+        ("v", -0.0, None),
+        ("y", -6e4, None),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 511, 999])
+def test_payload_fault_finds_a_value_anywhere(dtype, name, value, fault, place):
+    tensors = {"y": torch.ones(1000, dtype=dtype), "v": torch.ones(1000, dtype=dtype)}
+    schema = schema_of(tensors, ["v"])
+    tensors[name][place] = value
+    buffer = StateBuffer(schema)
+    buffer.copy_from(tensors)
+    assert payload_fault(schema, 0, buffer.bytes) is fault
+    pieces = [payload_fault(schema, at, buffer.bytes[at : at + 64]) for at in range(0, schema.nbytes, 64)]
+    assert [found for found in pieces if found] == ([fault] if fault else [])

@@ -94,8 +94,9 @@ trap - INT TERM HUP USR1
 case $status in 2 | 130 | 143) exit "$status" ;; esac
 "$VENV_PYTHON" watch.py "$run_dir" --once || status=$((status ? status : $?))
 if [ -n "$SAMPLE_PROMPT" ]; then
-    "$VENV_PYTHON" generate.py --model "$run_dir" --prompt "$SAMPLE_PROMPT" --max_length "$SAMPLE_BYTES" ||
-        status=$((status ? status : $?))
+    # A young model may well write control characters, which are not for a terminal.
+    "$VENV_PYTHON" generate.py --model "$run_dir" --prompt "$SAMPLE_PROMPT" --max_length "$SAMPLE_BYTES" |
+        LC_ALL=C tr -d '\000-\010\013-\037\177' || status=$((status ? status : $?))
     echo
 fi
 exit "$status"

@@ -99,8 +99,8 @@ class Ledger:
     def fail(self, talk: Talk, error: ProtocolError) -> None:
         """Count and write a conversation that a fault ended."""
         ending = "busy" if error.fault is Fault.BUSY else "failed"
-        self.count_ended(talk, ending)
         self.write(talk, ending, str(error))
+        self.count_ended(talk, ending)
 
     def note(self, event: str, message: str) -> None:
         """A line about no conversation."""

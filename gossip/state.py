@@ -114,7 +114,7 @@ class StateBuffer:
         for spec, start in zip(schema.tensors, schema.offsets[:-1], strict=True):
             piece = flat[start : start + spec.nbytes]
             self.views[spec.name] = piece.view(getattr(torch, spec.dtype)).view(spec.shape)
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._stream: torch.cuda.Stream | None = None  # made for the first copy from a GPU
 
     def copy_from(self, tensors: Mapping[str, Tensor]) -> "torch.cuda.Event | None":
         """Copy `tensors` (the schema's names) in; called by the thread that writes them, which may go on at once.
@@ -129,7 +129,9 @@ class StateBuffer:
             self._copy(tensors)
             return None
         (device,) = devices
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             self._copy(tensors)

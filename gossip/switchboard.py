@@ -138,18 +138,18 @@ class Switchboard:
 
     def _end(self, talk: Talk, task: asyncio.Task) -> None:
         self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            traceback.print_exception(task.exception())
         if talk.connection is not None:
             talk.connection.close()
         if not talk.initiator and talk.exchange_id is None:
             self._strangers -= 1
         if talk.claimed and not talk.delivered:
             self.release()
-        if not task.cancelled() and task.exception() is not None:
-            traceback.print_exception(task.exception())
 
     async def _hold(self, talk: Talk) -> None:
         """One conversation and its account."""
-        error = ProtocolError(Fault.INTERNAL)
+        error: ProtocolError | None = ProtocolError(Fault.INTERNAL)  # what any other exception counts as
         try:
             outcome = await asyncio.wait_for(self._talk(talk), self._seconds)
             error = None
@@ -191,8 +191,8 @@ class Switchboard:
             self._desk.deliver(Delivery(talk, outcome))
             return
         ending, event = ("tied", "tied") if outcome.tied else ("won", "sent")
-        self._ledger.count_ended(talk, ending)
         self._ledger.write(talk, event, outcome.decision.reason)
+        self._ledger.count_ended(talk, ending)
 
     def _fail(self, talk: Talk, error: ProtocolError) -> None:
         if error.fault is Fault.SELF:

@@ -22,17 +22,17 @@ class minGRU(nn.Module):
 
     def forward(
         self,
-        x_BTD: Tensor,
-        prev_hidden_B1E: Tensor | None = None,
+        x: Tensor,
+        prev_hidden: Tensor | None = None,
         return_next_prev_hidden: bool = False,
-        reset_BT: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The output (B, T, D); with return_next_prev_hidden also the state (B, 1, E) to hand to the next call.
+        """The output for x (B, T, D); with return_next_prev_hidden also the state (B, 1, E) to hand to the next call.
 
-        prev_hidden_B1E: the state before x_BTD (None: zeros). reset_BT (bool): where True, the step starts afresh.
+        prev_hidden: the state (B, 1, E) before x (None: zeros). reset (B, T) bool: where True, the step starts afresh.
         The state is float32 (float64 for a float64 layer), whatever dtype the layer computes in.
         """
-        prev_hidden_BE = None if prev_hidden_B1E is None else prev_hidden_B1E.squeeze(1)
-        h_BTE, last_BE = scan(self.to_hidden_and_gate(x_BTD), prev_hidden_BE, reset_BT)
+        prev_hidden_BE = None if prev_hidden is None else prev_hidden.squeeze(1)
+        h_BTE, last_BE = scan(self.to_hidden_and_gate(x), prev_hidden_BE, reset)
         out_BTD = self.to_out(h_BTE)
         return (out_BTD, last_BE.unsqueeze(1)) if return_next_prev_hidden else out_BTD

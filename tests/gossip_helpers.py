@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import socket
+import threading
 import time
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from gossip.protocol import (
     Busy,
     Decision,
     End,
+    Flow,
     Hello,
     Receipt,
     SnapshotHeader,
@@ -102,6 +104,50 @@ def until(condition, *turns):
     return result
 
 
+def values_of(rank):
+    return {float(value) for tensor in rank.live.values() for value in tensor.unique()}
+
+
+def counted(rank, **expected):
+    counters = vars(rank.node.counters)
+    return all(counters[name] == value for name, value in expected.items())
+
+
+def last_event(rank):
+    return until(rank.events)[-1]
+
+
+class Trainer:
+    """A training thread that writes the step's number into every tensor, all the time.
+
+    torn: it serves snapshots in the middle of a step, as no node does.
+    """
+
+    def __init__(self, rank, torn=False):
+        self.rank, self.torn = rank, torn
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._train)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _train(self):
+        rank = self.rank
+        while not self._stop.is_set():
+            rank.step += 1
+            rank.node.before_write()
+            for number, tensor in enumerate(rank.live.values()):
+                tensor.fill_(rank.step)
+                if self.torn and number == 1:
+                    rank.node._desk.serve()
+            rank.boundary()
+
+
 def hello(schema, rank=7, **changes):
     fields = {
         "run_id": RUN_ID, "schema_hash": schema.hash, "rank": rank, "incarnation": "ab" * 16, "step": 5,
@@ -127,6 +173,11 @@ class RawPeer:
     @classmethod
     def call(cls, where, **options):
         return cls(socket.create_connection(where, timeout=PATIENCE), **options)
+
+    @classmethod
+    def close_all(cls):
+        while cls.made:
+            cls.made.pop().close()
 
     def read(self, nbytes):
         content = b""
@@ -217,3 +268,11 @@ def payload_of(live, schema):
     buffer = StateBuffer(schema)
     buffer.copy_from(live)
     return bytearray(buffer.bytes)
+
+
+def assert_answers(rank):
+    """The node holds the next conversation as if nothing had been."""
+    good = RawPeer.call(rank.where).handshake()
+    assert good.greet(hello(rank.schema, fitness=None))[1].flow is Flow.NONE
+    until(lambda: counted(rank, tied=1), rank)
+    good.close()

@@ -1,8 +1,7 @@
-"""Real nodes, real sockets: mixing, whole snapshots, every fault of a hostile peer, and a clean end."""
+"""Real nodes, real sockets: mixing, whole snapshots, one conversation at a time, and a clean end."""
 
 import gc
 import os
-import socket
 import threading
 import time
 
@@ -12,16 +11,27 @@ import torch
 from gossip.faults import Fault
 from gossip.filesystem_coordinator import Roster
 from gossip.network_utils import listen
-from gossip.protocol import Busy, Decision, End, Flow, Hello, Receipt, SnapshotHeader, encode_frame
+from gossip.protocol import Busy, Decision, Flow, Hello, Receipt
 from runtime.errors import UserError
-from tests.gossip_helpers import PATIENCE, Rank, RawPeer, hello, make_state, payload_of, ranks, until
+from tests.gossip_helpers import (
+    Rank,
+    RawPeer,
+    Trainer,
+    counted,
+    hello,
+    last_event,
+    make_state,
+    payload_of,
+    ranks,
+    until,
+    values_of,
+)
 
 
 @pytest.fixture(autouse=True)
 def close_raw_peers():
     yield
-    while RawPeer.made:
-        RawPeer.made.pop().close()
+    RawPeer.close_all()
 
 
 def pair(folder, fit=1.0, unfit=2.0, values=(1.0, 3.0), **config):
@@ -32,19 +42,6 @@ def pair(folder, fit=1.0, unfit=2.0, values=(1.0, 3.0), **config):
         rank.fitness = fitness
         rank.boundary()
     return first, second
-
-
-def values_of(rank):
-    return {float(value) for tensor in rank.live.values() for value in tensor.unique()}
-
-
-def counted(rank, **expected):
-    counters = vars(rank.node.counters)
-    return all(counters[name] == value for name, value in expected.items())
-
-
-def last_event(rank):
-    return rank.events()[-1]
 
 
 # Mixing
@@ -183,37 +180,6 @@ def test_node_raises_on_the_training_thread_what_ended_another(tmp_path):
 
 
 # Snapshots are of one step boundary
-
-
-class Trainer:
-    """A training thread that writes the step's number into every tensor, all the time.
-
-    torn: it serves snapshots in the middle of a step, as no node does.
-    """
-
-    def __init__(self, rank, torn=False):
-        self.rank, self.torn = rank, torn
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._train)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-    def _train(self):
-        rank = self.rank
-        while not self._stop.is_set():
-            rank.step += 1
-            rank.node.before_write()
-            for number, tensor in enumerate(rank.live.values()):
-                tensor.fill_(rank.step)
-                if self.torn and number == 1:
-                    rank.node._desk.serve()
-            rank.boundary()
 
 
 def snapshots(tmp_path, torn, count):
@@ -444,345 +410,19 @@ def test_start_refuses_a_taken_port_and_leaves_nothing(tmp_path):
     assert set(threading.enumerate()) == threads
 
 
-# A hostile or broken peer that calls. Each script has its way with one connection; the node names the fault.
-
-
-def stranger_garbage(peer, rank):
-    peer.socket.sendall(os.urandom(4096))
-
-
-def stranger_leaves(peer, rank):
-    peer.socket.sendall(b"grubo")
-    peer.socket.shutdown(socket.SHUT_WR)
-
-
-def stranger_version(peer, rank):
-    peer.socket.sendall(b"gruboros\x00\x63" + bytes(32))
-
-
-def stranger_without_secret(peer, rank):
-    peer.openings()
-    peer.socket.sendall(bytes(32))
-
-
-def stranger_drips(peer, rank):
-    """Slow-loris: a byte before any single read would time out, past the deadline of the whole handshake."""
-    for byte in b"gruboros\x00\x01" + bytes(30):
-        try:
-            peer.socket.sendall(bytes([byte]))
-        except OSError:
-            return
-        if peer_gone(peer.socket, seconds=0.05):
-            return
-    raise AssertionError("the deadline moved with every byte")
-
-
-def peer_gone(connection, seconds):
-    connection.settimeout(seconds)
-    try:
-        return connection.recv(1) == b""
-    except TimeoutError:
-        return False
-    except ConnectionError:
-        return True
-
-
-def silent_after_handshake(peer, rank):
-    peer.handshake()
-
-
-def leaves_after_handshake(peer, rank):
-    peer.handshake().socket.shutdown(socket.SHUT_WR)
-
-
-def flips(place):
-    def script(peer, rank):
-        frame = bytearray(peer.handshake().frame(hello(rank.schema)))
-        frame[place] ^= 1
-        peer.socket.sendall(frame)
-
-    return script
-
-
-def oversize_length(peer, rank):
-    frame = bytearray(peer.handshake().frame(hello(rank.schema)))
-    frame[4:8] = b"\xff" * 4
-    peer.socket.sendall(frame)
-
-
-def half_a_frame(peer, rank):
-    peer.handshake().socket.sendall(peer.frame(hello(rank.schema))[:50])
-    peer.socket.shutdown(socket.SHUT_WR)
-
-
-def pickle_for_hello(peer, rank):
-    peer.handshake().socket.sendall(b"\x80\x04\x95" + b"cos\nsystem\n(S'true'\ntR." * 20)
-
-
-def replayed_frame(peer, rank):
-    frame = peer.handshake().frame(hello(rank.schema))
-    peer.socket.sendall(frame)
-    peer.receive(Hello)
-    peer.socket.sendall(frame)
-
-
-def reflected_frame(peer, rank):
-    """A frame as only the node makes it, for the other direction."""
-    peer.handshake()
-    peer.socket.sendall(encode_frame(hello(rank.schema), 0, peer.session.receive_key))
-
-
-def unexpected_message(peer, rank):
-    peer.handshake().send(Receipt(True))
-
-
-def other_schema(peer, rank):
-    peer.handshake().send(hello(rank.schema, schema_hash="0f" * 32))
-
-
-def taken_rank(peer, rank):
-    peer.handshake().send(hello(rank.schema, rank=0))
-
-
-def other_decision(peer, rank):
-    peer.handshake().send(hello(rank.schema))
-    peer.receive(Hello)
-    peer.send(Decision(Flow.NONE, "tie"))
-
-
-def winning(peer, rank):
-    """Greet as the fitter one: now a snapshot is due. Its payload is the rank's own shape, of ones."""
-    assert peer.handshake().greet(hello(rank.schema))[1].flow is Flow.INITIATOR_SENDS
-    return payload_of(make_state(1.0)[0], rank.schema)
-
-
-def drips_payload(peer, rank):
-    payload = winning(peer, rank)
-    peer.send(SnapshotHeader(5, 0, rank.schema.nbytes, {"k": 7.0}))
-    for byte in payload:
-        try:
-            peer.socket.sendall(bytes([byte]))
-        except OSError:
-            return
-        if peer_gone(peer.socket, seconds=0.05):
-            return
-
-
-def half_a_payload(peer, rank):
-    payload = winning(peer, rank)
-    peer.send(SnapshotHeader(5, 0, rank.schema.nbytes, {"k": 7.0}))
-    peer.socket.sendall(payload[: len(payload) // 2])
-    peer.socket.shutdown(socket.SHUT_WR)
-
-
-def leaves_before_end(peer, rank):
-    payload = winning(peer, rank)
-    peer.send(SnapshotHeader(5, 0, rank.schema.nbytes, {"k": 7.0}))
-    peer.socket.sendall(payload)
-    peer.socket.shutdown(socket.SHUT_WR)
-
-
-def header_with(**changes):
-    def script(peer, rank):
-        payload = winning(peer, rank)
-        peer.send_snapshot(rank.schema, payload, **changes)
-
-    return script
-
-
-def payload_with(name, value):
-    def script(peer, rank):
-        winning(peer, rank)
-        live, _ = make_state(1.0)
-        live[name].view(-1)[3] = value
-        peer.send_snapshot(rank.schema, payload_of(live, rank.schema))
-        assert not peer.receive(Receipt).accepted
-
-    return script
-
-
-def flipped_payload(peer, rank):
-    payload = winning(peer, rank)
-    peer.send_snapshot(rank.schema, payload, digest="5a" * 32)
-    assert peer.receive(Receipt).fault is Fault.DIGEST_MISMATCH
-
-
-def pickle_for_payload(peer, rank):
-    winning(peer, rank)
-    peer.send(SnapshotHeader(5, 0, rank.schema.nbytes, {"k": 7.0}))
-    peer.socket.sendall((b"\x80\x04\x95cos\nsystem\n(S'true'\ntR." * rank.schema.nbytes)[: rank.schema.nbytes + 100])
-
-
-CALLERS = [
-    (stranger_garbage, Fault.BAD_MAGIC),
-    (stranger_leaves, Fault.CLOSED),
-    (stranger_version, Fault.WRONG_VERSION),
-    (stranger_without_secret, Fault.WRONG_SECRET),
-    (stranger_drips, Fault.DEADLINE),
-    (silent_after_handshake, Fault.DEADLINE),
-    (leaves_after_handshake, Fault.CLOSED),
-    (flips(-1), Fault.BAD_MAC),
-    (flips(40), Fault.BAD_MAC),
-    (flips(1), Fault.MALFORMED),
-    (oversize_length, Fault.OVERSIZE),
-    (half_a_frame, Fault.CLOSED),
-    (pickle_for_hello, Fault.MALFORMED),
-    (replayed_frame, Fault.BAD_SEQUENCE),
-    (reflected_frame, Fault.BAD_MAC),
-    (unexpected_message, Fault.UNEXPECTED),
-    (other_schema, Fault.SCHEMA_MISMATCH),
-    (taken_rank, Fault.RANK_TAKEN),
-    (other_decision, Fault.DECISION_DIFFERS),
-    (drips_payload, Fault.DEADLINE),
-    (half_a_payload, Fault.CLOSED),
-    (leaves_before_end, Fault.CLOSED),
-    (header_with(nbytes=2**63 - 1), Fault.BAD_SNAPSHOT),
-    (header_with(generation=1), Fault.BAD_SNAPSHOT),
-    (header_with(step=4), Fault.BAD_SNAPSHOT),
-    (header_with(scalars={"other": 1.0}), Fault.BAD_SNAPSHOT),
-    (payload_with("0.y", float("nan")), Fault.NOT_FINITE),
-    (payload_with("1.z", float("inf")), Fault.NOT_FINITE),
-    (payload_with("1.v", -1e-9), Fault.NEGATIVE_SECOND_MOMENT),
-    (flipped_payload, Fault.DIGEST_MISMATCH),
-    (pickle_for_payload, Fault.MALFORMED),
-]
-
-
-@pytest.mark.parametrize(
-    ("script", "fault"), CALLERS, ids=[f"{n}-{f.name}" for n, (_, f) in enumerate(CALLERS)]
-)  # the number tells scripts of one fault apart
-def test_node_names_the_fault_of_a_hostile_caller_and_goes_on(tmp_path, script, fault):
-    with ranks(Rank(tmp_path, 0, 3.0, merge_method="clonal", exchange_seconds=0.6)) as (rank,):
-        rank.fitness = 2.0
-        rank.boundary()
-        peer = RawPeer.call(rank.where)
-        script(peer, rank)
-        until(lambda: counted(rank, failed=1), rank)
-        until(lambda: rank.events())
-        assert last_event(rank)["message"].startswith(fault.value)
-        assert peer.closed()
-        peer.close()
-        assert values_of(rank) == {3.0} and counted(rank, lost=0, won=0, busy=0)
-        assert_answers(rank)
-
-
-def assert_answers(rank):
-    good = RawPeer.call(rank.where).handshake()
-    assert good.greet(hello(rank.schema, fitness=None))[1].flow is Flow.NONE
-    until(lambda: counted(rank, tied=1), rank)
-    good.close()
-
-
-# And one that is called.
-
-
-def answers_garbage(peer, rank):
-    peer.socket.sendall(os.urandom(4096))
-
-
-def answers_nothing(peer, rank):
-    pass
-
-
-def hangs_up(peer, rank):
-    peer.socket.shutdown(socket.SHUT_RDWR)
-
-
-def hangs_up_after_opening(peer, rank):
-    peer.openings()
-    peer.socket.shutdown(socket.SHUT_RDWR)
-
-
-def answers_version(peer, rank):
-    peer.socket.sendall(b"gruboros\x00\x00" + bytes(32))
-
-
-def answers_without_secret(peer, rank):
-    peer.openings()
-    peer.read(32)
-    peer.socket.sendall(bytes(32))
-
-
-def answers_with_receipt(peer, rank):
-    peer.handshake().receive(Hello)
-    peer.send(Receipt(True))
-
-
-def losing(peer, rank):
-    theirs, decision = peer.handshake().greet(hello(rank.schema, fitness=9.0))
-    assert theirs.rank == 0 and decision.flow is Flow.INITIATOR_SENDS
-    return peer
-
-
-def hangs_up_on_payload(peer, rank):
-    losing(peer, rank).receive(SnapshotHeader)
-    peer.socket.shutdown(socket.SHUT_RDWR)
-
-
-def rejects(peer, rank):
-    header = losing(peer, rank).receive(SnapshotHeader)
-    peer.read(header.nbytes)
-    peer.receive(End)
-    peer.send(Receipt(False, Fault.NOT_FINITE))
-
-
-def never_acknowledges(peer, rank):
-    losing(peer, rank).receive(SnapshotHeader)
-
-
-ANSWERERS = [
-    (answers_garbage, Fault.BAD_MAGIC),
-    (answers_nothing, Fault.DEADLINE),
-    (hangs_up, Fault.REFUSED),
-    (hangs_up_after_opening, Fault.REFUSED),
-    (answers_version, Fault.WRONG_VERSION),
-    (answers_without_secret, Fault.WRONG_SECRET),
-    (answers_with_receipt, Fault.UNEXPECTED),
-    (hangs_up_on_payload, Fault.CLOSED),
-    (rejects, Fault.REJECTED),
-    (never_acknowledges, Fault.DEADLINE),
-]
-
-
-@pytest.mark.parametrize(("script", "fault"), ANSWERERS, ids=[script.__name__ for script, _ in ANSWERERS])
-def test_node_names_the_fault_of_a_hostile_answerer_and_goes_on(tmp_path, script, fault):
-    with socket.create_server(("127.0.0.1", 0)) as trap:
-        trap.settimeout(PATIENCE)
-        host, port = trap.getsockname()
-        with ranks(Rank(tmp_path, 0, 3.0, peers=(f"{host}:{port}",), exchange_seconds=0.6)) as (rank,):
-            with Trainer(rank):
-                rank.fitness = 2.0
-                until(lambda: rank.node._hello().fitness)
-                rank.call()
-                peer = RawPeer(trap.accept()[0], initiator=False)
-                script(peer, rank)
-                until(lambda: counted(rank, failed=1))
-                until(lambda: rank.events())
-            assert last_event(rank)["message"].startswith(fault.value)
-            assert counted(rank, lost=0, won=0, busy=0)
-            peer.close()
-            assert_answers(rank)
-
-
-def test_node_bounds_the_strangers_that_it_listens_to(tmp_path):
-    with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,):
-        idle = [socket.create_connection(rank.where, timeout=PATIENCE) for _ in range(32)]
-        until(lambda: rank.node._switchboard._strangers == 32)
-        extra = RawPeer.call(rank.where)
-        assert extra.closed()
-        for connection in idle:
-            connection.close()
-        until(lambda: counted(rank, failed=32) and rank.node._switchboard._strangers == 0)
-        assert_answers(rank)
-
-
-def test_node_gives_a_stranger_less_time_than_a_peer(tmp_path, monkeypatch):
-    monkeypatch.setattr("gossip.switchboard.HANDSHAKE_SECONDS", 0.1)
-    with ranks(Rank(tmp_path, 0, exchange_seconds=100.0)) as (rank,):
-        stranger = RawPeer.call(rank.where)
-        assert stranger.closed()
-        until(lambda: counted(rank, failed=1))
-        assert last_event(rank)["message"].startswith(Fault.DEADLINE.value)
+def test_node_counts_a_conversation_that_its_own_error_ended(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    with ranks(*pair(tmp_path)) as (one, other):
+        with monkeypatch.context() as patch:
+            patch.setattr("gossip.exchange.decide", broken)
+            other.call()
+            until(lambda: counted(one, failed=1) and counted(other, failed=1), one, other)
+            until(lambda: not other.node._switchboard._slot.locked())
+        assert last_event(one)["message"] == Fault.INTERNAL.value and "ZeroDivisionError" in capsys.readouterr().err
+        other.call()
+        until(lambda: counted(other, lost=1), one, other)
 
 
 def test_step_boundary_does_not_wait_for_a_peer_that_hangs(tmp_path):

@@ -48,4 +48,4 @@ def test_minGRU_reset_equals_two_calls():
     reset = torch.zeros(1, 12, dtype=torch.bool)
     reset[0, 5] = True
     expected = torch.cat((layer(x[:, :5]), layer(x[:, 5:])), dim=1)
-    assert torch.allclose(layer(x, reset_BT=reset), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(layer(x, reset=reset), expected, rtol=1e-5, atol=1e-6)

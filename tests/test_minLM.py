@@ -96,7 +96,7 @@ def test_minLM_starts_at_chance():
     model, ids = MinLM(ModelConfig(dim=128, depth=4, conv_kernel_size=3)), text(4, 257)
     logits, _ = model(ids[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().long())
-    assert abs(loss.item() - math.log(256)) < 0.1
+    assert abs(loss.item() - math.log(256)) < 0.25
 
 
 def test_minLM_initial_weights_follow_the_seed():

@@ -147,7 +147,8 @@ def test_watch_ends_when_all_have_left(run):
 
 
 def test_watch_ends_at_ctrl_c_without_a_traceback(run):
-    run.beat()
+    for _ in range(3):
+        run.beat()
     process, terminal = in_terminal(run)
     assert b"running" in read_until(terminal, b"running")
     process.send_signal(signal.SIGINT)
@@ -172,7 +173,7 @@ def test_watch_survives_torn_files(run):
         file.write("0\t220\t1")
     rows = Onlooker(run.path).look()
     assert [(row.rank, row.state) for row in rows] == [(0, "running"), (1, "unknown"), (2, "running")]
-    assert rows[0].held_out == 2 * math.log(2)
+    assert rows[0].held_out == pytest.approx(2 * math.log(2), rel=1e-4)
 
 
 def test_watch_refuses_a_folder_without_a_run(tmp_path):

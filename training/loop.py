@@ -137,7 +137,8 @@ class Trainer:
 
     def _chunk_loss(self, model: Callable, chunk: Chunk, state: MinLMState | None) -> tuple[Tensor, MinLMState]:
         """Mean loss over a chunk's targets, nats per byte, and the state after it. The bytes travel as uint8."""
-        ids_BS, reset_BT = self._to_device(chunk.ids_BS), self._to_device(chunk.reset_BT)
+        ids_BS = self._to_device(chunk.ids_BS)
+        reset_BT = self._to_device(chunk.reset_BT) if chunk.reset_BT.any() else None  # most chunks are in one document
         logits_BTV, state = model(ids_BS[:, :-1], state, reset_BT)
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BS[:, 1:].flatten().long()), state
 

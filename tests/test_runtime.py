@@ -1,0 +1,234 @@
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.devices import choose_device, device_memory_bytes
+from runtime.errors import UserError
+from runtime.files import atomic_write, atomic_writer, replace_symlink
+from runtime.ranks import Identity, identity_from_environment
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def system_calls(monkeypatch):
+    """What a write asks of the system, in order, with the state of the file at that moment."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        state = os.fstat(descriptor)
+        calls.append(("sync folder",) if stat.S_ISDIR(state.st_mode) else ("sync file", state.st_size))
+        fsync(descriptor)
+
+    def record_replace(source, target):
+        calls.append(("rename", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    return calls
+
+
+def test_atomic_write_syncs_the_file_then_renames_then_syncs_the_folder(tmp_path, system_calls):
+    atomic_write(tmp_path / "name", b"content")
+    assert system_calls == [("sync file", 7), ("rename", "name"), ("sync folder",)]
+    assert (tmp_path / "name").read_bytes() == b"content"
+
+
+def test_atomic_write_without_durability_renames_only(tmp_path, system_calls):
+    atomic_write(tmp_path / "name", "content", durable=False)
+    assert system_calls == [("rename", "name")]
+    assert (tmp_path / "name").read_text() == "content"
+
+
+def test_atomic_writer_shows_the_older_file_until_the_end(tmp_path):
+    atomic_write(tmp_path / "name", "older")
+    with atomic_writer(tmp_path / "name") as file:
+        file.write(b"newer")
+        file.flush()
+        assert (tmp_path / "name").read_text() == "older"
+    assert (tmp_path / "name").read_text() == "newer"
+
+
+def test_atomic_writer_keeps_the_older_file_on_an_error(tmp_path):
+    atomic_write(tmp_path / "name", "older")
+    with pytest.raises(KeyboardInterrupt), atomic_writer(tmp_path / "name") as file:
+        file.write(b"newer")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["name"] and (tmp_path / "name").read_text() == "older"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_atomic_write_raises_a_full_disk_and_leaves_no_temporary_file(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(tmp_path / "name", "content")
+    assert os.listdir(tmp_path) == []
+
+
+def test_replace_symlink_renames_over_the_older_one(tmp_path, system_calls):
+    link = tmp_path / "best.pt"
+    for target in ("first.pt", "second.pt"):  # both dangle: nobody need own what a link names
+        replace_symlink(link, target)
+        assert os.readlink(link) == target
+    replace_symlink(link, "second.pt")
+    assert system_calls == [("rename", "best.pt")] * 2  # at no time is there no link, and no work without need
+    assert os.listdir(tmp_path) == ["best.pt"]
+
+
+def test_replace_symlink_takes_over_what_a_dead_process_left(tmp_path):
+    (tmp_path / f".best.pt.{os.getpid()}.tmp").symlink_to("ghost.pt")
+    replace_symlink(tmp_path / "best.pt", "first.pt")
+    assert os.readlink(tmp_path / "best.pt") == "first.pt"
+
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "9", "SLURM_NPROCS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "8"}
+
+
+@pytest.mark.parametrize(
+    "environment, identity",
+    [
+        ({}, Identity(0, 0, 1, 1, "alone")),
+        (TORCHRUN, Identity(5, 1, 8, 4, "torchrun")),
+        (SLURM, Identity(9, 1, 16, 8, "slurm")),
+        ({**SLURM, **TORCHRUN}, Identity(5, 1, 8, 4, "torchrun")),
+        ({**SLURM, "SLURM_NTASKS_PER_NODE": "8(x2)"}, Identity(9, 1, 16, 0, "slurm")),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Identity(1, 0, 2, 0, "torchrun")),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Identity(0, 0, 1, 1, "torchrun")),
+    ],
+    ids=["alone", "torchrun", "slurm", "torchrun-in-slurm", "uneven-nodes", "unknown-host", "one"],
+)
+def test_identity_comes_from_the_environment(environment, identity):
+    assert identity_from_environment(environment) == identity
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"RANK": "8"}, "RANK=8 WORLD_SIZE=8"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE, got 'many'"),
+        ({"LOCAL_RANK": None}, "expected LOCAL_RANK"),
+    ],
+    ids=["outside", "negative", "negative-local", "no-number", "absent"],
+)
+def test_identity_refuses_what_no_launcher_means(change, said):
+    environment = {name: value for name, value in {**TORCHRUN, **change}.items() if value is not None}
+    with pytest.raises(UserError, match=said):
+        identity_from_environment(environment)
+
+
+@pytest.fixture
+def accelerators(monkeypatch):
+    """Pretends that this torch build sees so many devices, of ROCm if `hip`."""
+
+    def pretend(count, hip=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    "count, hip, asked, local_rank, device",
+    [
+        (0, None, {}, 3, "cpu"),
+        (0, None, {"cpu": True}, 0, "cpu"),
+        (8, None, {"cpu": True}, 0, "cpu"),
+        (8, None, {}, 3, "cuda:3"),
+        (8, None, {"cuda": True}, 3, "cuda:3"),
+        (8, "6.4", {"rocm": True}, 3, "cuda:3"),
+        (1, None, {}, 3, "cuda:0"),
+    ],
+    ids=["none", "cpu", "cpu-beside-gpus", "best", "cuda", "rocm", "bound"],
+)
+def test_choose_device_takes_what_was_asked_for_or_the_best(accelerators, count, hip, asked, local_rank, device):
+    accelerators(count, hip)
+    assert choose_device(**asked, local_rank=local_rank) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    "count, hip, asked, said",
+    [
+        (0, None, {"cuda": True}, "CUDA device for --cuda"),
+        (8, "6.4", {"cuda": True}, "CUDA device for --cuda"),
+        (8, None, {"rocm": True}, "ROCm device for --rocm"),
+        (8, None, {"cuda": True, "cpu": True}, "one device, got --cuda and --cpu"),
+    ],
+    ids=["no-gpu", "cuda-on-rocm", "rocm-on-cuda", "two"],
+)
+def test_choose_device_refuses_what_is_not_there(accelerators, count, hip, asked, said):
+    accelerators(count, hip)
+    with pytest.raises(UserError, match=said):
+        choose_device(**asked)
+
+
+def test_device_memory_of_the_cpu_is_within_the_host():
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < device_memory_bytes(torch.device("cpu")) <= host
+
+
+# A program that takes signals as flags and says so; its input says when to look.
+LISTENER = """
+import sys
+from runtime.signals import SignalFlags
+flags = SignalFlags().install()
+print("ready", flush=True)
+for line in sys.stdin:
+    print(flags.stop, flags.take_save(), flush=True)
+"""
+
+
+@pytest.fixture
+def listener():
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def flags_of(process):
+    process.stdin.write("look\n")
+    process.stdin.flush()
+    return process.stdout.readline().split()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_signals_stop_once_is_a_flag_and_twice_leaves_now(listener, number):
+    assert flags_of(listener) == ["False", "False"]
+    listener.send_signal(number)
+    assert flags_of(listener) == ["True", "False"]
+    assert flags_of(listener) == ["True", "False"]
+    listener.send_signal(number)
+    assert listener.wait() == 128 + number
+
+
+def test_signals_two_kinds_of_stop_are_two(listener):
+    listener.send_signal(signal.SIGTERM)
+    assert flags_of(listener) == ["True", "False"]
+    listener.send_signal(signal.SIGINT)
+    assert listener.wait() == 128 + signal.SIGINT
+
+
+def test_signals_save_is_taken_once_and_stops_nothing(listener):
+    for _ in range(2):
+        listener.send_signal(signal.SIGUSR1)
+        assert flags_of(listener) == ["False", "True"]
+        assert flags_of(listener) == ["False", "False"]

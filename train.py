@@ -52,12 +52,13 @@ def main(arguments: list[str]) -> int:
         rank=identity.rank, world_size=identity.world_size, seed=options.optimizer.seed,
     )  # fmt: skip
 
-    is_first = identity.rank == 0
-    metrics = MetricsFile(run.metrics)
-    if resumed:
-        metrics.rewind(resumed.file.step)
-    else:
+    population = setup.gossip_config(options)
+    setup.check_secret()
+    listener = setup.open_listener(options, identity)
+    if not resumed:
         run.claim(identity)
+
+    is_first = identity.rank == 0
     if is_first or (identity.local_rank == 0 and not options.population.filesystem_coordinator):
         run.write_config(options, config, parameters, identity, str(device))  # once a run, or a host, as folders go
     log = RunLog(run.log, echo=is_first and not sys.stderr.isatty())
@@ -75,20 +76,21 @@ def main(arguments: list[str]) -> int:
         tidy(run.path, policy, archive_dice)
 
     node = EvolutionaryNode(
-        identity=identity, run_id=run.name, run_dir=run.path, schema=schema, live=weights.tensors(),
-        scalars=weights.scalars, config=setup.gossip_config(options, identity), event_log=events, seed=options.optimizer.seed,
+        identity=identity, run_id=run.name, run_dir=run.path, listener=listener, schema=schema, live=weights.tensors(),
+        scalars=weights.scalars, config=population, event_log=events, seed=options.optimizer.seed,
         leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
     )  # fmt: skip
     trainer = Trainer(
         Parts(
             options=options, run=run, device=device, model=model, weights=weights, schema=schema, lanes=lanes,
             held_out=held_out, node=node, tracker=FitnessTracker(options.population.gossip_fitness_decay),
-            signals=signals, metrics=metrics, log=log, events=events, tidy=tidy_run,
+            signals=signals, metrics=MetricsFile(run.metrics), log=log, events=events, tidy=tidy_run,
             initial_weights=lambda: setup.initial_weights(options, config),
         )
     )  # fmt: skip
     if resumed:
         restore(trainer, resumed.content["training"], own=resumed.file.rank == identity.rank)
+        trainer.parts.metrics.rewind(resumed.file.step)
     log.line(
         f"rank {identity.rank} of {identity.world_size} ({identity.source}) on {device}: {parameters:,} parameters "
         f"(dim {config.dim}, depth {config.depth}), {memory}; {len(training_region):,} bytes to train on"

@@ -21,6 +21,7 @@ from gossip.evolutionary_node import EvolutionaryNode, GossipConfig
 from gossip.exchange import converse
 from gossip.handshake import authenticate, run_key
 from gossip.merge import merge
+from gossip.network_utils import listen
 from gossip.protocol import Hello
 from gossip.state import Rule, Schema, Snapshot, StateBuffer, payload_fault
 from gossip.wire import Channel, Wire
@@ -150,7 +151,7 @@ def measure_parts(live: dict, schema: Schema, repeats: int) -> None:
         print(f"{name:28s} {seconds * 1e3:8.1f} ms   {schema.nbytes / seconds / 1e9:6.2f} GB/s")
     with tempfile.TemporaryDirectory() as folder:
         node = EvolutionaryNode(
-            Identity(0, 0, 1, 1, "alone"), "bench", Path(folder), schema, live, dict,
+            Identity(0, 0, 1, 1, "alone"), "bench", Path(folder), listen("127.0.0.1", 0), schema, live, dict,
             GossipConfig(), EventLog(Path(folder) / "events.tsv", 0), 0, None, bytes(32),
         )  # fmt: skip
         node.start()

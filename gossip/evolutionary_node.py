@@ -4,6 +4,7 @@ gossip thread."""
 import functools
 import random
 import secrets
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from gossip.handshake import run_key
 from gossip.heartbeat import Heartbeat
 from gossip.ledger import Counters, Ledger
 from gossip.merge import merge
-from gossip.network_utils import choose_address, join_address, listen, parse_peer
+from gossip.network_utils import join_address, parse_peer
 from gossip.protocol import MERGE_METHODS, Flow, Hello
 from gossip.snapshot_desk import Delivery, SnapshotDesk
 from gossip.state import Schema
@@ -35,16 +36,14 @@ class GossipConfig:
     """How a rank takes part in the population.
 
     mixing_rate: chance of a call at each step; merge_method: one of MERGE_METHODS; recombination_alpha: share of a
-    fitter peer, 0 to 1; host, port: where to listen, see choose_address() and listen(); peers: "host:port" to call
-    beside those in the registry; filesystem_coordinator: keep the registry in the run directory; *_seconds: between
-    heartbeats, of silence after which a rank counts as dead, and for a whole exchange.
+    fitter peer, 0 to 1; peers: "host:port" to call beside those in the registry; filesystem_coordinator: keep the
+    registry in the run directory; *_seconds: between heartbeats, of silence after which a rank counts as dead, and for
+    a whole exchange.
     """
 
     mixing_rate: float = 0.01
     merge_method: str = "recombination"
     recombination_alpha: float = 0.5
-    host: str | None = None
-    port: int = 0
     peers: tuple[str, ...] = ()
     filesystem_coordinator: bool = True
     heartbeat_seconds: float = 2.0
@@ -86,9 +85,10 @@ class MergeReport:
 class EvolutionaryNode:
     """One rank's part in the population. All methods are for the training thread, which never waits for the network.
 
-    run_dir: holds the registry (None: only without the filesystem coordinator); live: the training tensors by the
-    schema's names, contiguous and written in place; scalars: the optimizer's numbers, called at step boundaries;
-    leader_duty: called on the coordinator thread after a beat when leading; secret: the run's, see run_secret().
+    run_dir: holds the registry (None: only without the filesystem coordinator); listener: see network_utils.listen(),
+    closed by close(); live: the training tensors by the schema's names, contiguous and written in place; scalars: the
+    optimizer's numbers, called at step boundaries; leader_duty: called on the coordinator thread after a beat when
+    leading; secret: the run's, see run_secret().
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class EvolutionaryNode:
         identity: Identity,
         run_id: str,
         run_dir: Path | None,
+        listener: socket.socket,
         schema: Schema,
         live: Mapping[str, Tensor],
         scalars: Callable[[], dict[str, float]],
@@ -107,10 +108,11 @@ class EvolutionaryNode:
     ) -> None:
         assert not config.filesystem_coordinator or run_dir is not None
         self.incarnation = secrets.token_hex(16)
-        self.address: str | None = None  # "host:port" once it listens
+        self.address = join_address(*listener.getsockname()[:2])
         self._identity = identity
         self._run_id = run_id
         self._run_dir = run_dir
+        self._listener = listener
         self._schema = schema
         self._live = live
         self._config = config
@@ -125,7 +127,7 @@ class EvolutionaryNode:
         self._heartbeat: Heartbeat | None = None
 
     def start(self) -> None:
-        """Listen, and start the threads. Raises UserError for an address or port that cannot be had."""
+        """Start the threads: from now on this rank answers, and is found in the registry."""
         config, identity = self._config, self._identity
         coordinator = None
         if config.filesystem_coordinator:
@@ -133,11 +135,8 @@ class EvolutionaryNode:
             coordinator = FilesystemCoordinator(
                 folder, identity.rank, identity.world_size, self.incarnation, config.liveness_seconds
             )
-        host = choose_address(config.host, identity)
-        listener = listen(host, config.port)
-        self.address = join_address(host, listener.getsockname()[1])
         self._switchboard = Switchboard(
-            listener=listener,
+            listener=self._listener,
             key=self._key,
             desk=self._desk,
             method=config.merge_method,
@@ -165,6 +164,7 @@ class EvolutionaryNode:
             delivery = self._desk.take_delivery()
             if delivery is not None:
                 self._ledger.fail(delivery.talk, ProtocolError(Fault.CLOSING, "before the merge"))
+        self._listener.close()
 
     def step_boundary(self, step: int, fitness: float | None, status: dict) -> MergeReport | None:
         """Between two optimizer steps: publish, serve a snapshot, merge what has arrived, perhaps call a peer.

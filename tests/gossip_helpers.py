@@ -13,6 +13,7 @@ from blake3 import blake3
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode, GossipConfig
 from gossip.handshake import ANSWERER, CALLER, proof, run_key, session
+from gossip.network_utils import listen
 from gossip.protocol import (
     HEADER_BYTES,
     MAC_BYTES,
@@ -52,16 +53,16 @@ def make_state(value=1.0, shapes=((300, 7), (5,)), terms=None):
 class Rank:
     """A started node with a tiny state; `train` is one optimizer step that changes nothing."""
 
-    def __init__(self, folder, rank, value=1.0, state=None, world_size=8, seed=0, duty=None, **config):
+    def __init__(self, folder, rank, value=1.0, state=None, world_size=8, seed=0, duty=None, port=0, **config):
         self.live, self.schema = state or make_state(value)
         self.log = EventLog(folder / "gossip_logs" / f"run_rank_{rank:04d}.tsv", rank)
-        config = {"mixing_rate": 0.0, "filesystem_coordinator": False, "host": "127.0.0.1", **config}
+        config = {"mixing_rate": 0.0, "filesystem_coordinator": False, **config}
         self.scalars = {"k": float(rank)}
         self.step = 0
         self.fitness = None
         self.node = EvolutionaryNode(
-            Identity(rank, rank, world_size, world_size, "alone"), RUN_ID, folder, self.schema, self.live,
-            lambda: self.scalars, GossipConfig(**config), self.log, seed, duty, SECRET,
+            Identity(rank, rank, world_size, world_size, "alone"), RUN_ID, folder, listen("127.0.0.1", port),
+            self.schema, self.live, lambda: self.scalars, GossipConfig(**config), self.log, seed, duty, SECRET,
         )  # fmt: skip
         self.node.start()
         self.boundary()

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 from gossip.evolutionary_node import GossipConfig
-from gossip.secret import run_secret
+from gossip.network_utils import choose_address, listen
+from gossip.secret import VARIABLE, run_secret
 from mingru.minLM import MinLM, ModelConfig
 from mingru.sizing import parameter_count, resolve_config
 from runtime.errors import UserError
@@ -130,21 +132,31 @@ def terms(options: Options, weights: TrainedWeights, corpus: Corpus) -> dict[str
     }
 
 
-def gossip_config(options: Options, identity: Identity) -> GossipConfig:
+def gossip_config(options: Options) -> GossipConfig:
     """The population's options as gossip knows them."""
     population = options.population
     return GossipConfig(
         mixing_rate=population.gossip_mixing_rate,
         merge_method=population.gossip_merge_method,
         recombination_alpha=population.gossip_recombination_alpha,
-        host=population.gossip_host,
-        port=population.gossip_port + identity.local_rank if population.gossip_port else 0,
         peers=tuple(peer for text in population.gossip_peers for peer in text.split(",") if peer),
         filesystem_coordinator=population.filesystem_coordinator,
         heartbeat_seconds=population.gossip_heartbeat,
         liveness_seconds=population.gossip_liveness,
         exchange_seconds=population.gossip_timeout,
     )
+
+
+def open_listener(options: Options, identity: Identity) -> socket.socket:
+    """The socket that peers will call: --gossip_port counts up over the ranks of a host."""
+    port = options.population.gossip_port
+    return listen(choose_address(options.population.gossip_host, identity), port + identity.local_rank if port else 0)
+
+
+def check_secret() -> None:
+    """Raise UserError if the environment holds a secret that is none, before a run directory depends on it."""
+    if VARIABLE in os.environ:
+        run_secret(None, os.environ)
 
 
 def choose_secret(options: Options, run: RunDirectory) -> bytes:

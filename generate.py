@@ -218,7 +218,9 @@ def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) 
             status = _INTERRUPTED
         for other in others:
             _write(out, SAMPLE_SEPARATOR + prompt + other)
-    except BrokenPipeError:  # whoever read us has enough; all is flushed, so that nothing fails again at exit
+    except BrokenPipeError:  # whoever read us has enough
+        # What is left in the buffer would fail once more at exit, loudly: it goes nowhere instead.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         return _BROKEN_PIPE
     return status
 

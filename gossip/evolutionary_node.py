@@ -2,6 +2,7 @@
 gossip thread."""
 
 import functools
+import os
 import random
 import secrets
 import socket
@@ -269,6 +270,8 @@ class EvolutionaryNode:
         published = self._desk.published
         return {
             **published.status,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
             "address": self.address,
             "step": published.step,
             "fitness": published.fitness,

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +20,7 @@ def atomic_writer(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     file is removed, an older `path` stays as it was, and the error (OSError: disk full, ...) is raised.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -40,6 +42,12 @@ def atomic_write(path: Path, content: bytes | str, durable: bool = True) -> None
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other thread or process uses, on any host that shares the folder."""
+    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    return path.with_name(f".{path.name}.{writer}{TEMPORARY_SUFFIX}")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -53,7 +61,7 @@ def replace_symlink(link: Path, target_name: str) -> None:
     """Point `link` at `target_name` (a name in the same folder), atomically, whatever it pointed at before."""
     if link.is_symlink() and os.readlink(link) == target_name:
         return
-    temporary = link.with_name(f".{link.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(link)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
     os.symlink(target_name, temporary)

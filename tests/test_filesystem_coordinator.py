@@ -125,6 +125,19 @@ def test_coordinator_elects_the_lowest_within_timeout_and_heartbeat(tmp_path):
         assert rosters[rank].leader == 1
 
 
+def test_coordinator_followers_find_the_lowest_that_moves_before_it_leads(tmp_path):
+    population = Population(tmp_path, range(4))
+    population.round(times=4)
+    population.round([3, 2, 1], times=int(TIMEOUT / HEARTBEAT) - 1)
+    rosters = population.round([3, 2])  # the leader's time is over, and rank 1 has not noticed yet
+    assert rosters[2].leader == rosters[3].leader == 1
+    assert not population.members[2].is_leader and not population.members[3].is_leader
+    # Nobody told them of anybody's death: they keep their peers until the new leader's ranking comes.
+    assert live(rosters[3]) == [0, 1, 2, 3]
+    population.round([1])
+    assert live(population.round([3, 2], times=2)[3]) == [1, 2, 3]
+
+
 def test_coordinator_elects_at_once_when_the_leader_leaves(tmp_path):
     population = Population(tmp_path, range(3))
     population.round(times=4)

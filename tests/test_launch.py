@@ -201,7 +201,12 @@ def test_launch_relays_endless_lines_and_bytes_that_are_no_text(launch, tmp_path
 
 
 def test_launch_drains_ranks_when_its_own_reader_is_gone(launch):
-    source = "import os, sys; os.environ['RANK'] == '1' and sys.stderr.write('x\\n' * 500_000)"
+    source = """
+import os
+if os.environ["RANK"] == "1":
+    for line in range(50_000):
+        os.write(2, b"%d\\n" % line)
+"""
     reader, writer = os.pipe()
     process = launch(source, stderr=writer)
     os.close(reader)

@@ -2,6 +2,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from training.checkpoint import checkpoint_name, list_checkpoints
@@ -88,7 +89,7 @@ from training.retention import RetentionPolicy, tidy
 run_dir, rank = Path(sys.argv[1]), int(sys.argv[2])
 dice = random.Random(rank)
 for step in range(150):
-    (run_dir / checkpoint_name(rank, step, dice.random() * 9)).write_text("x")
+    (run_dir / checkpoint_name(rank, step, dice.random() * 9)).write_text(f"{rank} {step}")
     tidy(run_dir, RetentionPolicy(2, 3, 0.1), dice)
 """
 
@@ -106,3 +107,26 @@ def test_tidy_by_several_ranks_at_once_ends_as_by_one(tmp_path):
     assert {file.path for file in files} == paths
     assert {p.name: os.readlink(p) for p in tmp_path.iterdir() if p.is_symlink()} == links
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+    archived = [path.read_text() for path in tmp_path.glob("archive_*.pt")]
+    assert len(archived) > 10 and len(set(archived)) == len(archived)  # none twice
+
+
+def test_tidy_by_two_threads_of_one_rank_at_once_does_no_harm(tmp_path):
+    policy, errors = RetentionPolicy(2, 3, 0.5), []
+
+    def work(rank: int) -> None:
+        dice = random.Random(rank)
+        try:
+            for step in range(150):
+                make(tmp_path, (rank, step, dice.random() * 9))
+                tidy(tmp_path, policy, dice)
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert {file.path for file in list_checkpoints(tmp_path)} == plan(list_checkpoints(tmp_path), policy)[0]

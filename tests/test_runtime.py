@@ -11,7 +11,7 @@ import torch
 
 from runtime.devices import choose_device, device_memory_bytes
 from runtime.errors import UserError
-from runtime.files import atomic_write, atomic_writer, replace_symlink
+from runtime.files import atomic_write, atomic_writer, replace_symlink, temporary_name
 from runtime.ranks import Identity, identity_from_environment
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +88,7 @@ def test_replace_symlink_renames_over_the_older_one(tmp_path, system_calls):
 
 
 def test_replace_symlink_takes_over_what_a_dead_process_left(tmp_path):
-    (tmp_path / f".best.pt.{os.getpid()}.tmp").symlink_to("ghost.pt")
+    temporary_name(tmp_path / "best.pt").symlink_to("ghost.pt")  # by one that had this name before
     replace_symlink(tmp_path / "best.pt", "first.pt")
     assert os.readlink(tmp_path / "best.pt") == "first.pt"
 

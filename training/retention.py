@@ -4,14 +4,13 @@ Works on names alone, so any rank may do it at any moment, and two at once do no
 the folder is as it should be.
 """
 
-import contextlib
 import os
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.files import replace_symlink
+from runtime.files import replace_symlink, temporary_name
 from training.checkpoint import CheckpointFile, best_first, list_checkpoints
 
 _ARCHIVE = re.compile(r"archive_(\d{3,})\.pt")
@@ -77,17 +76,19 @@ def _point_links(run_dir: Path, links: dict[str, str]) -> bool:
 
 
 def _retire(path: Path, archive: bool) -> None:
-    with contextlib.suppress(FileNotFoundError):  # another rank was faster
-        if not archive:
-            path.unlink()
-            return
+    claimed = temporary_name(path)
+    try:
+        os.rename(path, claimed)  # of several ranks that retire a file at once, one gets it
+    except FileNotFoundError:
+        return
+    if archive:
         taken = [int(match[1]) for match in map(_ARCHIVE.fullmatch, os.listdir(path.parent)) if match]
         number = max(taken, default=0) + 1
         while True:
             try:
                 # A link, unlike a rename, fails where another rank has just taken the number.
-                os.link(path, path.with_name(f"archive_{number:03d}.pt"))
+                os.link(claimed, path.with_name(f"archive_{number:03d}.pt"))
                 break
             except FileExistsError:
                 number += 1
-        path.unlink()
+    claimed.unlink()

@@ -14,7 +14,7 @@ from typing import Any
 
 from mingru.minLM import ModelConfig
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, temporary_name
 from runtime.ranks import Identity
 from training.metrics import MetricsFile
 from training.options import Options
@@ -67,7 +67,7 @@ class RunDirectory:
             self.population.mkdir(parents=True, exist_ok=True)
             launch = self.population / "launch.json"
             content = json.dumps({"world_size": identity.world_size}) + "\n"
-            draft = launch.with_name(f".launch.{socket.gethostname()}.{os.getpid()}.tmp")
+            draft = temporary_name(launch)
             atomic_write(draft, content)
             try:
                 os.link(draft, launch)  # unlike a rename, fails where another rank was first

@@ -16,10 +16,14 @@ RANKS=${RANKS:-}
 THREADS_PER_RANK=${THREADS_PER_RANK:-}
 CORPUS=${CORPUS:-corpus/python_stdlib.txt}
 MAX_MINUTES=${MAX_MINUTES:-2}
-PARAMS=${PARAMS:-1m}
-BATCH_SIZE=${BATCH_SIZE:-8}
-CHUNK_SIZE=${CHUNK_SIZE:-256}
-SAVE_EVERY=${SAVE_EVERY:-100}
+BATCH_SIZE=${BATCH_SIZE:-16}
+CHUNK_SIZE=${CHUNK_SIZE:-64}
+SAVE_EVERY=${SAVE_EVERY:-200}
+VAL_BYTES=${VAL_BYTES:-64k}
+MIXING_RATE=${MIXING_RATE:-0.05}
+MERGE_METHOD=${MERGE_METHOD:-average}
+# A model that two CPU cores can teach something in two minutes, and its rate; given another model, train.py's defaults.
+MODEL=${MODEL:---dim 96 --depth 3 --ff_mult 2 --lr 0.01 --warmup_steps 50}
 GOSSIP_HOST=${GOSSIP_HOST:-127.0.0.1}
 SAMPLE_PROMPT=${SAMPLE_PROMPT:-"def "}
 SAMPLE_BYTES=${SAMPLE_BYTES:-300}
@@ -54,9 +58,11 @@ if given --resume; then # the rest is as the run was started
     run_dir=$VALUE
 else
     run_dir=runs/local_$(date +%Y%m%d_%H%M%S)
-    defaults+=(--output "$run_dir" --batch_size "$BATCH_SIZE" --chunk_size "$CHUNK_SIZE" --save_every "$SAVE_EVERY")
+    defaults+=(--output "$run_dir" --batch_size "$BATCH_SIZE" --chunk_size "$CHUNK_SIZE" --save_every "$SAVE_EVERY"
+        --val_bytes "$VAL_BYTES" --gossip_mixing_rate "$MIXING_RATE" --gossip_merge_method "$MERGE_METHOD")
     if given --output; then run_dir=$VALUE; fi
-    if ! given --params --dim --depth --init_from --init-from; then defaults+=(--params "$PARAMS"); fi
+    # shellcheck disable=SC2206  # words, not one word
+    if ! given --params --dim --depth --init_from --init-from; then defaults+=($MODEL); fi
     if ! given --data; then
         if [ ! -e "$CORPUS" ]; then
             "$VENV_PYTHON" prepare_data.py --python_stdlib --output "$CORPUS"

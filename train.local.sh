@@ -19,7 +19,7 @@ MAX_MINUTES=${MAX_MINUTES:-2}
 BATCH_SIZE=${BATCH_SIZE:-16}
 CHUNK_SIZE=${CHUNK_SIZE:-64}
 SAVE_EVERY=${SAVE_EVERY:-200}
-VAL_BYTES=${VAL_BYTES:-64k}
+VAL_EVERY=${VAL_EVERY:-200}
 MIXING_RATE=${MIXING_RATE:-0.05}
 MERGE_METHOD=${MERGE_METHOD:-average}
 # A model that two CPU cores can teach something in two minutes, and its rate; given another model, train.py's defaults.
@@ -59,7 +59,7 @@ if given --resume; then # the rest is as the run was started
 else
     run_dir=runs/local_$(date +%Y%m%d_%H%M%S)
     defaults+=(--output "$run_dir" --batch_size "$BATCH_SIZE" --chunk_size "$CHUNK_SIZE" --save_every "$SAVE_EVERY"
-        --val_bytes "$VAL_BYTES" --gossip_mixing_rate "$MIXING_RATE" --gossip_merge_method "$MERGE_METHOD")
+        --val_every "$VAL_EVERY" --gossip_mixing_rate "$MIXING_RATE" --gossip_merge_method "$MERGE_METHOD")
     if given --output; then run_dir=$VALUE; fi
     # shellcheck disable=SC2206  # words, not one word
     if ! given --params --dim --depth --init_from --init-from; then defaults+=($MODEL); fi

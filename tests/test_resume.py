@@ -65,6 +65,15 @@ def test_resume_writes_its_metrics_on_in_the_same_file(run_train):
     assert seen == [step * 2 * 32 for step in (5, 10, 15, 20)]
 
 
+def test_resume_finds_its_data_from_another_working_directory(run_train, tmp_path, monkeypatch):
+    (tmp_path / "here.txt").write_text("relative\x1e" * 100)
+    run_dir = run_train("run", "--train_steps", "2", "--data", "here.txt", *QUIET)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main(["--resume", "../run", "--train_steps", "4"])
+    assert newest(run_dir)["step"] == 4
+
+
 def test_resume_takes_new_rates_batch_and_chunk_sizes(run_train):
     run_dir = run_train("run", "--train_steps", "10", *QUIET)
     before = newest(run_dir)["training"]

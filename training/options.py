@@ -7,6 +7,7 @@ whether it is fixed for the life of a run (refused beside --resume when it diffe
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,15 +89,16 @@ def _option(default: Any, help: str, parse: Callable[[str], Any] = str, *, fixed
 class DataOptions:
     """data"""
 
-    data: list[str] = _option([], "files, folders or globs of training bytes; memory-mapped", many=True, fixed=True)
-    val_data: list[str] = _option(
-        [], "files, folders or globs to validate on (default: the tail of --data)", many=True, fixed=True
-    )
+    # Kept as absolute paths, so that a run can be resumed from any working directory.
+    data: list[str] = _option([], "files, folders or globs of training bytes; memory-mapped", os.path.abspath,
+                              many=True, fixed=True)  # fmt: skip
+    val_data: list[str] = _option([], "files, folders or globs to validate on (default: the tail of --data)",
+                                  os.path.abspath, many=True, fixed=True)  # fmt: skip
     val_fraction: float = _option(
         0.05, "share of --data, at its end, held out for validation when there is no --val_data",
         _real(0, 1, below=True), fixed=True,
     )  # fmt: skip
-    val_bytes: int = _option(256 * 1024, "most bytes that one validation reads, from the start of the held-out data",
+    val_bytes: int = _option(64 * 1024, "most bytes that one validation reads, from the start of the held-out data",
                              parse_size)  # fmt: skip
     chunk_size: int = _option(256, "bytes of a lane that one forward and backward pass sees", parse_size)
     batch_size: int = _option(8, "lanes: places of the data that are read in parallel", _whole(1))
@@ -151,7 +153,7 @@ class RunOptions:
     keep_elite: int = _option(5, "best checkpoints kept of the population", _whole(0))
     archive_rate: float = _option(0.0, "share of the checkpoints about to go that is kept as archive_001.pt ...",
                                   _FRACTION)  # fmt: skip
-    val_every: int = _option(200, "steps between validations; 0: never", _whole(0))
+    val_every: int = _option(500, "steps between validations; 0: never", _whole(0))
     log_every: int = _option(10, "steps between lines of the log and of the metrics", _whole(1))
     cuda: bool = _option(False, "train on an NVIDIA GPU")
     rocm: bool = _option(False, "train on an AMD GPU")
@@ -234,7 +236,7 @@ def _add_flag(group: argparse._ArgumentGroup, option: dataclasses.Field) -> None
     shown = meta.get("show", default)
     suffix = "" if default in (None, dataclasses.MISSING) else f" (default: {shown})"
     if meta.get("many"):
-        group.add_argument(f"--{name}", nargs="+", metavar="X", help=meta["help"])
+        group.add_argument(f"--{name}", nargs="+", type=meta["parse"], metavar="X", help=meta["help"])
     else:
         metavar = {str: "X", parse_size: "SIZE"}.get(meta["parse"], "N")
         group.add_argument(

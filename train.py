@@ -32,17 +32,23 @@ from training.metrics import MetricsFile, Progress, RunLog
 from training.optimizer import build_optimizer
 from training.options import parse_arguments
 from training.resume import restore
-from training.retention import RetentionPolicy, tidy
+from training.retention import RetentionPolicy, retire_later, tidy
 
 
 def main(arguments: list[str]) -> int:
     """What a user can get wrong is found before the run directory is touched."""
+    signals = SignalFlags().install()
     given = parse_arguments(arguments, __doc__.splitlines()[0])
     identity = identity_from_environment(os.environ)
+    is_first = identity.rank == 0
+    setup.check_environment()
     options, run = setup.choose_run(given, identity)
+    population = setup.gossip_config(options)
     device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
+    held = run.lock() if options.run.resume else None
     resumed = setup.read_resumed(run, identity) if options.run.resume else None
     config = setup.choose_model(options, given, resumed)
+    setup.resolve_model(options, config)
     parameters = parameter_count(config)
     memory = estimate_memory(parameters)
     check_memory(memory, device, max(1, identity.local_world_size))
@@ -51,24 +57,19 @@ def main(arguments: list[str]) -> int:
         training_region, options.data.batch_size, options.data.chunk_size,
         rank=identity.rank, world_size=identity.world_size, seed=options.optimizer.seed,
     )  # fmt: skip
-
-    population = setup.gossip_config(options)
-    setup.check_secret()
-    listener = setup.open_listener(options, identity)
-    if not resumed:
-        run.claim(identity)
-
-    is_first = identity.rank == 0
-    if is_first or (identity.local_rank == 0 and not options.population.filesystem_coordinator):
-        run.write_config(options, config, parameters, identity, str(device))  # once a run, or a host, as folders go
-    log = RunLog(run.log, echo=is_first and not sys.stderr.isatty())
-    events = EventLog(run.event_log, identity.rank)
-
-    model = build_model(config, setup.initial_weights(options, config), device)
-    torch.manual_seed(options.optimizer.seed * 1_000_003 + identity.rank + 1)  # dropout differs between ranks
+    model = build_model(config, setup.initial_weights(options, config, resumed), device)
+    torch.manual_seed((options.optimizer.seed * 1_000_003 + identity.rank + 1) % 2**63)  # dropout differs by rank
     weights = build_optimizer(model, options.optimizer)
     schema = Schema.of(weights.tensors(), weights.rules, setup.terms(options, weights, corpus))
-    signals = SignalFlags().install()
+    listener = setup.open_listener(options, identity)
+    log = RunLog(run.log, echo=is_first and not sys.stderr.isatty())
+
+    if not resumed:
+        run.claim(identity)
+        held = run.lock()
+    if is_first or (identity.local_rank == 0 and not options.population.filesystem_coordinator):
+        run.write_config(options, config, parameters, identity, str(device))  # once a run, or a host, as folders go
+    events = EventLog(run.event_log, identity.rank)
     archive_dice = random.Random()
     policy = RetentionPolicy(options.run.keep_checkpoints, options.run.keep_elite, options.run.archive_rate)
 
@@ -76,20 +77,21 @@ def main(arguments: list[str]) -> int:
         tidy(run.path, policy, archive_dice)
 
     node = EvolutionaryNode(
-        identity=identity, run_id=run.name, run_dir=run.path, listener=listener, schema=schema, live=weights.tensors(),
-        scalars=weights.scalars, config=population, event_log=events, seed=options.optimizer.seed,
-        leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
+        identity=identity, run_id=setup.run_identity(run), run_dir=run.path, listener=listener, schema=schema,
+        live=weights.tensors(), scalars=weights.scalars, config=population, event_log=events,
+        seed=options.optimizer.seed, leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
     )  # fmt: skip
     trainer = Trainer(
         Parts(
             options=options, run=run, device=device, model=model, weights=weights, schema=schema, lanes=lanes,
             held_out=held_out, node=node, tracker=FitnessTracker(options.population.gossip_fitness_decay),
             signals=signals, metrics=MetricsFile(run.metrics), log=log, events=events, tidy=tidy_run,
-            initial_weights=lambda: setup.initial_weights(options, config),
+            initial_weights=lambda: setup.initial_weights(options, config, None),
         )
     )  # fmt: skip
     if resumed:
-        restore(trainer, resumed.content["training"], own=resumed.file.rank == identity.rank)
+        retire_later(run.path, identity.rank, resumed.file.step)
+        restore(trainer, resumed.content["training"], moves=resumed.moves)
         trainer.parts.metrics.rewind(resumed.file.step)
     log.line(
         f"rank {identity.rank} of {identity.world_size} ({identity.source}) on {device}: {parameters:,} parameters "
@@ -97,15 +99,16 @@ def main(arguments: list[str]) -> int:
         + (f"; resumed {resumed.file.path.name}" if resumed else ""),
         echo=is_first,
     )
-    del resumed  # it maps a file that retention may remove
-
-    deadline = time.monotonic() + options.run.max_minutes * 60 if options.run.max_minutes else math.inf
+    if (resumed and resumed.file.rank != identity.rank) or (not resumed and options.run.init_from):
+        trainer.save("where it starts")  # what it came from lies elsewhere, and may go
+    del resumed  # a whole state
+    deadline = time.monotonic() + options.run.max_minutes * 60 if options.run.max_minutes else None
     progress = None
     if is_first and sys.stderr.isatty():
         progress = Progress(trainer.totals.step, options.run.train_steps, deadline)
     node.start()
     try:
-        trainer.run(deadline, progress)
+        trainer.run(math.inf if deadline is None else deadline, progress)
     except TrainingDiverged as error:
         print(f"error: rank {identity.rank}: {error}", file=sys.stderr)
         return 1
@@ -114,7 +117,9 @@ def main(arguments: list[str]) -> int:
             progress.close()
         node.close()
         trainer.tidy_up()
+        events.close()
         log.close()
+        held.close()
     return 0
 
 

@@ -2,9 +2,10 @@
 
 import datetime
 import os
-import sys
 import threading
 from pathlib import Path
+
+from runtime.stderr import say
 
 COLUMNS = (
     "timestamp",
@@ -90,9 +91,9 @@ class EventLog:
     def _lose(self, error: OSError) -> None:
         # What the failed write left of its line is ended by the next _open.
         self._abandon()
-        if self.lost == 0:
-            print(f"gossip events of rank {self.rank} are being lost: {error}", file=sys.stderr)
         self.lost += 1
+        if self.lost == 1:
+            say(f"gossip events of rank {self.rank} are being lost: {error}")
 
     def _abandon(self) -> None:
         descriptor, self._descriptor = self._descriptor, None

@@ -199,6 +199,11 @@ class EvolutionaryNode:
             self._drop(delivery, ProtocolError(Fault.WEIGHTS_CHANGED, "before the merge"))
 
     @property
+    def engaged(self) -> bool:
+        """In a conversation, or with a snapshot still to be merged: replacing the weights now would spoil it."""
+        return self._switchboard is not None and self._switchboard.engaged
+
+    @property
     def counters(self) -> Counters:
         """A copy of the counters."""
         return self._ledger.counters

@@ -29,6 +29,7 @@ OPENING_BYTES = _OPENING.size
 HEADER_BYTES = _HEADER.size
 _COUNT_LIMIT = 2**63
 _SCALARS_LIMIT = 64
+_SCALAR_LIMIT = 1e15  # an optimizer counts and sums: more, squared or as an exponent, would overflow
 
 
 class Flow(enum.Enum):
@@ -83,7 +84,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class SnapshotHeader:
-    """What the raw payload that follows is: `nbytes` of state after `step` whole steps, in `generation`."""
+    """What the raw payload that follows is: `nbytes` of state after `step` whole steps, in `generation`.
+
+    scalars: the optimizer's counters and sums, from 0 to 1e15.
+    """
 
     step: int
     generation: int
@@ -99,6 +103,7 @@ class SnapshotHeader:
         for name, value in self.scalars.items():
             _require_text("name of a scalar", name, limit=64)
             _require_finite("scalar", value)
+            _require(0 <= value <= _SCALAR_LIMIT, "scalar", f"from 0 to {_SCALAR_LIMIT:g}", value)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def _checked_entry(entry: object) -> dict:
 
 def _load(content: bytes) -> dict:
     try:
-        value = json.loads(content, parse_constant=_finite_number, parse_float=_finite_number)
+        value = json.loads(content, parse_constant=_finite_number, parse_float=_finite_number, parse_int=_whole_number)
     except RecursionError:
         raise ValueError("expected an object, got brackets without end") from None
     _expect(isinstance(value, dict), "an object")
@@ -78,6 +78,12 @@ def _load(content: bytes) -> dict:
 def _finite_number(text: str) -> float:
     value = float(text)
     _expect(math.isfinite(value), "finite numbers")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    value = int(text)
+    _expect(abs(value) < 2**63, "whole numbers of 64 bits")
     return value
 
 

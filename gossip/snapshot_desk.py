@@ -51,10 +51,11 @@ class SnapshotDesk:
     """
 
     def __init__(self, schema: Schema, live: Mapping[str, Tensor], scalars: Callable[[], dict[str, float]]) -> None:
-        pin = any(tensor.is_cuda for tensor in live.values())
+        gpu = next((tensor.device for tensor in live.values() if tensor.is_cuda), None)
         self.schema = schema
-        self.send_buffer = StateBuffer(schema, pin)
-        self.receive_buffer = StateBuffer(schema, pin)
+        self.send_buffer = StateBuffer(schema, pin=gpu is not None)
+        self.receive_buffer = StateBuffer(schema, pin=gpu is not None)
+        self._gpu = gpu
         self.published = Published(step=0, fitness=None, generation=0, status={})
         self.scalar_names = frozenset(scalars())
         self._live = live
@@ -82,9 +83,14 @@ class SnapshotDesk:
                 if self._request is request:
                     self._request = None
         # Cancelled in here, the copy goes on; a later one is queued behind it on the same stream.
-        while copied is not None and not copied.query():
+        while copied is not None and not self._has_happened(copied):
             await asyncio.sleep(COPY_POLL_SECONDS)
         return snapshot
+
+    def _has_happened(self, copied: torch.cuda.Event) -> bool:
+        # A thread's current GPU is number 0 unless it says otherwise, and asking makes a context there.
+        with torch.cuda.device(self._gpu):
+            return copied.query()
 
     def deliver(self, delivery: Delivery) -> None:
         """Leave a snapshot to be merged. There is room: a rank holds one conversation, until it is merged."""
@@ -122,7 +128,7 @@ class SnapshotDesk:
         """Let the current stream wait for a copy of the state that is still being made; on a CPU there is none."""
         copied, self._copied = self._copied, None
         if copied is not None:
-            torch.cuda.current_stream().wait_event(copied)
+            torch.cuda.current_stream(self._gpu).wait_event(copied)
 
     def take_delivery(self) -> Delivery | None:
         """The snapshot to be merged, if there is one."""

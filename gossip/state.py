@@ -19,6 +19,7 @@ from gossip.faults import Fault
 from gossip.protocol import VERSION, canonical_json
 
 ALIGNMENT = 64
+_LARGEST = 1e30
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -156,7 +157,8 @@ class Snapshot:
 def payload_fault(schema: Schema, start: int, piece: memoryview) -> Fault | None:
     """What is wrong with the values in `piece`, the bytes of a payload from `start` (both multiples of 64) on.
 
-    NOT_FINITE for NaN or infinity, NEGATIVE_SECOND_MOMENT, else None. numpy alone, so that any thread may call it.
+    NOT_FINITE for NaN, infinity or a magnitude beyond 1e30, from which a merge could overflow to it;
+    NEGATIVE_SECOND_MOMENT; else None. numpy alone, so that any thread may call it.
     """
     stop = start + len(piece)
     for span in schema.spans:
@@ -165,8 +167,8 @@ def payload_fault(schema: Schema, start: int, piece: memoryview) -> Fault | None
             continue
         values = _values(piece[first - start : last - start], span.dtype)
         # Both extremes carry a NaN along, and need no array of flags.
-        lowest, highest = values.min(), values.max()
-        if not (np.isfinite(lowest) and np.isfinite(highest)):
+        lowest, highest = float(values.min()), float(values.max())
+        if not (lowest >= -_LARGEST and highest <= _LARGEST):
             return Fault.NOT_FINITE
         if span.rule is Rule.SECOND_MOMENT and lowest < 0:
             return Fault.NEGATIVE_SECOND_MOMENT

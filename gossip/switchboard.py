@@ -15,10 +15,11 @@ from gossip.network_utils import connect, join_address
 from gossip.protocol import Hello
 from gossip.snapshot_desk import Delivery, SnapshotDesk
 from gossip.state import Snapshot
-from gossip.wire import Channel, Wire
+from gossip.wire import Channel, Wire, bounded
+from runtime.stderr import say
 
 STRANGERS_LIMIT = 32  # connections at once that have not authenticated yet
-HANDSHAKE_SECONDS = 5.0
+HANDSHAKE_SECONDS = 5.0  # to connect and to authenticate
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system had no descriptor or memory for a connection
 
 
@@ -76,9 +77,14 @@ class Switchboard:
         except RuntimeError:  # the loop is closed: the thread has ended, by close() or by its error
             assert self._loop.is_closed()
 
+    @property
+    def engaged(self) -> bool:
+        """In a conversation, or with a snapshot that is still to be merged."""
+        return self._slot.locked()
+
     def ring(self) -> None:
         """Call some peer, unless a conversation is going on. From the training thread; returns at once."""
-        if not self._slot.locked():
+        if not self.engaged:
             self.post(self._begin_call)
 
     def release(self) -> None:
@@ -123,6 +129,7 @@ class Switchboard:
                 continue
             self._strangers += 1
             self._begin(Talk(join_address(*address[:2]), initiator=False, connection=connection))
+            await asyncio.sleep(0)  # while callers wait in line accepting never does, and others have their turn too
 
     def _begin_call(self) -> None:
         address = self._choose_peer()
@@ -139,7 +146,7 @@ class Switchboard:
     def _end(self, talk: Talk, task: asyncio.Task) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            traceback.print_exception(task.exception())
+            say("".join(traceback.format_exception(task.exception())))
         if talk.connection is not None:
             talk.connection.close()
         if not talk.initiator and talk.exchange_id is None:
@@ -151,12 +158,10 @@ class Switchboard:
         """One conversation and its account."""
         error: ProtocolError | None = ProtocolError(Fault.INTERNAL)  # what any other exception counts as
         try:
-            outcome = await asyncio.wait_for(self._talk(talk), self._seconds)
+            outcome = await bounded(self._talk(talk), self._seconds, "the conversation")
             error = None
         except ProtocolError as fault:
             error = fault
-        except asyncio.TimeoutError:
-            error = ProtocolError(Fault.DEADLINE, f"{self._seconds:g} s for the conversation")
         except asyncio.CancelledError:
             error = ProtocolError(Fault.CLOSING)
             raise
@@ -167,10 +172,7 @@ class Switchboard:
             self._conclude(talk, outcome)
 
     async def _talk(self, talk: Talk) -> Outcome:
-        if talk.initiator:
-            talk.connection = await connect(talk.address)
-        talk.wire = Wire(talk.connection)
-        session = await self._authenticate(talk)
+        session = await bounded(self._meet(talk), min(HANDSHAKE_SECONDS, self._seconds), "the handshake")
         talk.exchange_id = session.exchange_id
         if not talk.initiator:
             self._strangers -= 1
@@ -178,12 +180,11 @@ class Switchboard:
         talk.channel = Channel(talk.wire, session.send_key, session.receive_key)
         return await converse(talk.channel, _Party(self, talk), talk.initiator)
 
-    async def _authenticate(self, talk: Talk) -> Session:
-        seconds = min(HANDSHAKE_SECONDS, self._seconds)
-        try:
-            return await asyncio.wait_for(authenticate(talk.wire, self._key, talk.initiator), seconds)
-        except asyncio.TimeoutError:
-            raise ProtocolError(Fault.DEADLINE, f"{seconds:g} s for the handshake") from None
+    async def _meet(self, talk: Talk) -> Session:
+        if talk.initiator:
+            talk.connection = await connect(talk.address)
+        talk.wire = Wire(talk.connection)
+        return await authenticate(talk.wire, self._key, talk.initiator)
 
     def _conclude(self, talk: Talk, outcome: Outcome) -> None:
         if outcome.received is not None:  # the merge has yet to follow, and accounts for it

@@ -5,6 +5,8 @@ Deadlines belong to the whole conversation, so there are none here: the caller b
 
 import asyncio
 import socket
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from gossip.faults import Fault, ProtocolError
 from gossip.protocol import (
@@ -16,6 +18,24 @@ from gossip.protocol import (
     decode_header,
     encode_frame,
 )
+
+Result = TypeVar("Result")
+
+
+async def bounded(work: Coroutine[Any, Any, Result], seconds: float, what: str) -> Result:
+    """The result of `work`, or ProtocolError DEADLINE once `seconds` have passed; `work` has ended in either case.
+
+    asyncio.wait_for, before Python 3.12, loses a cancellation that comes just as `work` ends: the caller would go on.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            raise ProtocolError(Fault.DEADLINE, f"{seconds:g} s for {what}")
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 class Wire:

@@ -35,11 +35,12 @@ def scan(
     assert prev_hidden_BE is None or prev_hidden_BE.shape == (B, E2 // 2), prev_hidden_BE.shape
     assert reset_BT is None or (reset_BT.shape == (B, T) and reset_BT.dtype == torch.bool), reset_BT
     # A single step has nothing to run in parallel: the plain formula is the fastest.
-    backend = scan_reference.scan if T == 1 else _chosen_backend()
+    backend = scan_reference.scan if T == 1 else chosen_backend()
     return backend(projected_BT2E, prev_hidden_BE, reset_BT)
 
 
-def _chosen_backend() -> Backend:
+def chosen_backend() -> Backend:
+    """The backend that the environment names. Raises UserError for an unknown one."""
     name = os.environ.get("GRUBOROS_SCAN", DEFAULT_BACKEND)
     if name not in BACKENDS:
         raise UserError(f"expected GRUBOROS_SCAN to be one of {', '.join(BACKENDS)}, got {name!r}: correct or unset it")

@@ -10,7 +10,8 @@ from runtime.errors import UserError
 def choose_device(cuda: bool = False, rocm: bool = False, cpu: bool = False, local_rank: int = 0) -> torch.device:
     """The device asked for, else the best there is; `local_rank` picks among this host's accelerators.
 
-    Torch's ROCm builds present AMD devices as "cuda". Raises UserError when two kinds are asked for at once, or the
+    An accelerator becomes the calling thread's current one: streams and pinned memory are made for that. Torch's ROCm
+    builds present AMD devices as "cuda". Raises UserError when two kinds are asked for at once, or the
     one asked for is absent.
     """
     asked = [name for name, wanted in (("--cuda", cuda), ("--rocm", rocm), ("--cpu", cpu)) if wanted]
@@ -26,7 +27,9 @@ def choose_device(cuda: bool = False, rocm: bool = False, cpu: bool = False, loc
     if not available:
         return torch.device("cpu")
     # A launcher that binds one device to each task shows every task a single device, number 0.
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def device_memory_bytes(device: torch.device) -> int:

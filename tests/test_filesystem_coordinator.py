@@ -236,6 +236,7 @@ BROKEN = {
     "deep": b"[" * 60000,
     "nan": json.dumps({**ENTRY, "fitness": float("nan")}).encode(),
     "infinite": json.dumps(ENTRY).encode().replace(b"null", b"1e999"),
+    "endless-integer": json.dumps(ENTRY).encode().replace(b"null", b"1" * 400),
     "too-long": json.dumps({**ENTRY, "note": "x" * RANK_FILE_LIMIT}).encode(),
     "another-rank": json.dumps({**ENTRY, "rank": 0}).encode(),
     "text-sequence": json.dumps({**ENTRY, "sequence": "9"}).encode(),

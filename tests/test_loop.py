@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 
 import train
+from tests.conftest import TINY
 from tests.test_resume import QUIET, metrics_rows, newest
+from training import optimizer
 from training.checkpoint import list_checkpoints
 from training.data import validation_chunks
 from training.loop import Trainer
+from training.metrics import RunLog
 
 
 @pytest.fixture
@@ -196,6 +199,54 @@ def test_a_clone_brings_the_counters_and_a_reset_restarts_the_optimizer(run_trai
     for name, tensor in trainer.weights.tensors().items():
         kind, parameter = name.split(".", 1)
         assert torch.equal(tensor, torch.zeros_like(tensor) if kind == "v" else x[parameter])
+
+
+def test_weights_that_are_not_finite_are_never_saved(run_train, trainers, tmp_path):
+    run_dir = run_train("run", "--train_steps", "5", *QUIET)
+    (trainer,) = trainers
+    trainer.parts.log = RunLog(tmp_path / "after.log", echo=False)
+    before = sorted(run_dir.glob("*.pt"))
+    trainer.weights.tensors()["y.token_emb.weight"][3, 3] = math.nan
+    trainer.totals.step += 1
+    trainer.save()
+    assert sorted(run_dir.glob("*.pt")) == before
+    assert "not finite" in (tmp_path / "gossip_logs" / "run_rank_0000.tsv").read_text()
+
+
+def test_an_error_of_a_gossip_thread_saves_before_it_ends_the_rank(run_train, monkeypatch, tmp_path):
+    def broken(self, *_):
+        if self._desk.published.step == 6:
+            raise ZeroDivisionError
+        return original(self, *_)
+
+    original = train.EvolutionaryNode.step_boundary
+    monkeypatch.setattr(train.EvolutionaryNode, "step_boundary", broken)
+    with pytest.raises(ZeroDivisionError):
+        run_train("run", "--train_steps", "20", *QUIET)
+    assert newest(tmp_path / "run")["step"] == 7
+
+
+def test_every_write_of_the_weights_waits_for_a_snapshot_in_flight(run_train, trainers, monkeypatch):
+    order = []
+    monkeypatch.setattr(train.EvolutionaryNode, "before_write", lambda self: order.append("wait"))
+    step = optimizer.ScheduleFreeWeights.step
+    monkeypatch.setattr(optimizer.ScheduleFreeWeights, "step", lambda self: (order.append("write"), step(self)))
+    run_train("run", "--train_steps", "3", *QUIET)
+    assert order == ["wait", "write"] * 3
+
+
+def test_training_outlives_its_standard_error(text, tmp_path):
+    root = Path(__file__).parents[1]
+    reader, writer = os.pipe()
+    os.close(reader)  # whoever listened is gone
+    flags = ["--data", str(text), "--output", "run", *TINY, "--train_steps", "30", "--log_every", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(root / "train.py"), *flags], cwd=tmp_path, env=environment, stderr=writer, timeout=120
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert newest(tmp_path / "run")["step"] == 30
 
 
 def test_metrics_count_what_was_trained(run_train):

@@ -142,6 +142,8 @@ def changed(message, **changes):
         (Decision, changed(MESSAGES[1], flow=["both send"])),
         (SnapshotHeader, changed(MESSAGES[2], scalars={"k": float("nan")})),
         (SnapshotHeader, changed(MESSAGES[2], scalars={"k": 1})),
+        (SnapshotHeader, changed(MESSAGES[2], scalars={"k": -5.0})),
+        (SnapshotHeader, changed(MESSAGES[2], scalars={"k": 1e200})),
         (SnapshotHeader, changed(MESSAGES[2], scalars={str(n): 1.0 for n in range(65)})),
         (SnapshotHeader, changed(MESSAGES[2], scalars=[1.0])),
         (SnapshotHeader, changed(MESSAGES[2], nbytes=-1)),

@@ -100,3 +100,12 @@ def test_payload_fault_finds_a_value_anywhere(dtype, name, value, fault, place):
     assert payload_fault(schema, 0, buffer.bytes) is fault
     pieces = [payload_fault(schema, at, buffer.bytes[at : at + 64]) for at in range(0, schema.nbytes, 64)]
     assert [found for found in pieces if found] == ([fault] if fault else [])
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e31])
+def test_payload_fault_refuses_what_a_merge_could_overflow_with(value):
+    tensors = {"y": torch.full((64,), value)}
+    schema = schema_of(tensors, [])
+    buffer = StateBuffer(schema)
+    buffer.copy_from(tensors)
+    assert payload_fault(schema, 0, buffer.bytes) is Fault.NOT_FINITE

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 import train
+from gossip.filesystem_coordinator import Member, Roster
 from runtime.errors import UserError
 from tests.conftest import TINY
 from tests.test_resume import QUIET, metrics_rows, newest
+from training import loop
 from training.checkpoint import list_checkpoints
+from training.population import Standing, is_among_worst, save_chance, standing_of
+from training.run_directory import RunDirectory
 
 
 def config(run_dir) -> dict:
@@ -151,7 +155,7 @@ def test_gossip_host_and_port_are_where_it_listens(run_train):
 
 def test_no_filesystem_coordinator_keeps_no_registry(run_train):
     run_dir = run_train("run", "--train_steps", "20", "--no-filesystem-coordinator", *QUIET)
-    assert not list((run_dir / "population").glob("rank_*"))
+    assert not list((run_dir / "population").glob("rank_*.json"))
     assert (run_dir / "best.pt").exists() and (run_dir / "latest.pt").exists()
 
 
@@ -169,6 +173,8 @@ MISTAKES = {
     "corrupt init_from": (["--init_from", "short.txt"], "whole checkpoint"),
     "liveness below heartbeat": (["--gossip_liveness", "1", "--gossip_heartbeat", "2"], "liveness"),
     "bad peer": (["--gossip_peers", "nowhere"], "host"),
+    "a huge seed": (["--seed", "9" * 30], "at most"),
+    "one byte to validate on": (["--val_bytes", "1"], "at least 2 bytes"),
     "bad host": (["--gossip_host", "no.such.host.invalid"], "host"),
 }
 
@@ -208,12 +214,110 @@ def test_an_output_that_cannot_be_written_is_refused(run_train, tmp_path):
         run_train("file/run", "--train_steps", "1", *QUIET)
 
 
+@pytest.mark.parametrize(("name", "value"), [("GRUBOROS_SCAN", "quantum"), ("GRUBOROS_SECRET", "short")])
+def test_a_mistake_in_the_environment_leaves_no_run_behind(run_train, tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=name):
+        run_train("run", "--train_steps", "1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_could_never_meet_are_refused(run_train, monkeypatch):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="--gossip_peers"):
+        run_train("run", "--no_filesystem_coordinator")
+
+
 def test_from_the_shell_a_mistake_prints_one_line_and_exits_2(tmp_path):
     command = [sys.executable, str(Path(train.__file__)), "--data", "absent.txt"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: expected") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_running_cannot_be_resumed_beside_itself(run_train):
+    run_dir = run_train("run", "--train_steps", "2", *QUIET)
+    with RunDirectory(run_dir, 0).lock():
+        with pytest.raises(UserError, match="running it"):
+            train.main(["--resume", "run", "--train_steps", "4"])
+    train.main(["--resume", "run", "--train_steps", "4"])
+    assert newest(run_dir)["step"] == 4
+
+
+def test_val_bytes_bounds_what_a_validation_reads(run_train, monkeypatch):
+    read = []
+    original = loop.validation_chunks
+
+    def counted(*arguments):
+        for chunk in original(*arguments):
+            read.append(chunk.reset_BT.size)
+            yield chunk
+
+    monkeypatch.setattr(loop, "validation_chunks", counted)
+    run_train("run", "--train_steps", "2", "--val_every", "2", "--val_bytes", "101", "--save_every", "99")
+    assert sum(read) == 100
+
+
+def test_elite_checkpoint_multiplier_and_rejuvenation_threshold_follow_the_ranking():
+    ranking = [Standing(place, 5) for place in range(5)]
+    chances = [save_chance(standing, 100, 4.0) for standing in ranking]
+    assert chances[0] / chances[4] == pytest.approx(4)
+    assert chances[0] - chances[1] == pytest.approx(chances[3] - chances[4])  # linear
+    assert sum(chances) / 5 == pytest.approx(1 / 100)  # --save_every is the population's mean distance
+    assert save_chance(None, 100, 4.0) == 1 / 100
+    for threshold, worst in ((0.0, []), (0.1, [4]), (0.4, [3, 4]), (0.5, [3, 4]), (1.0, [1, 2, 3, 4])):
+        assert [s.place for s in ranking if is_among_worst(s, threshold)] == worst, threshold
+    assert not is_among_worst(None, 1.0)
+
+
+def test_standing_of_is_none_without_a_ranking():
+    def member(rank, standing):
+        return Member(rank, "0" * 32, 1, "running", True, "127.0.0.1:1", 1, 1.0, standing, {})
+
+    assert standing_of(None, 0) is None
+    assert standing_of(Roster(0, (member(0, 0.0),)), 0) is None
+    roster = Roster(0, (member(0, 1.0), member(1, None), member(2, 0.0), member(3, 0.5)))
+    assert [standing_of(roster, rank) for rank in range(5)] == [
+        Standing(2, 3), None, Standing(0, 3), Standing(1, 3), None,
+    ]  # fmt: skip
+
+
+def test_gossip_flags_reach_the_node_and_the_tracker(run_train, monkeypatch):
+    seen = {}
+
+    class Node(train.EvolutionaryNode):
+        def __init__(self, **parts):
+            seen.update(parts)
+            super().__init__(**parts)
+
+    monkeypatch.setattr(train, "EvolutionaryNode", Node)
+    flags = {
+        "gossip_mixing_rate": 0.25, "gossip_recombination_alpha": 0.125, "gossip_timeout": 7.0,
+        "gossip_heartbeat": 0.5, "gossip_liveness": 3.0, "gossip_fitness_decay": 0.5,
+    }  # fmt: skip
+    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    content = newest(run_train("run", "--train_steps", "3", "--gossip_merge_method", "clonal", *given, *QUIET))
+    config = seen["config"]
+    assert (config.mixing_rate, config.recombination_alpha, config.merge_method) == (0.25, 0.125, "clonal")
+    assert (config.exchange_seconds, config.heartbeat_seconds, config.liveness_seconds) == (7.0, 0.5, 3.0)
+    losses = [row["loss"] for row in metrics_rows(run_train("rows", "--train_steps", "3", "--log_every", "1", *given,
+                                                            "--gossip_merge_method", "clonal"))]  # fmt: skip
+    a, b, c = map(float, losses)
+    expected = (0.25 * a + 0.5 * b + c) / 1.75  # a moving average that forgets half a step
+    assert content["loss"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_each_rank_reads_its_own_part_of_the_data(run_train, monkeypatch):
+    places = {}
+    for rank in (0, 1):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        run_dir = run_train("run", "--train_steps", "1", *QUIET)
+        lanes = newest(run_dir, rank)["training"]["lanes"]
+        places[rank] = [(position - 32) * 2 // lanes["region_bytes"] for position in lanes["positions"]]
+    assert places == {0: [0, 0], 1: [1, 1]}
 
 
 def test_help_lists_every_flag_with_its_default(capsys):

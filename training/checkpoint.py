@@ -22,6 +22,13 @@ FORMAT = "gruboros checkpoint 1"
 _NAME = re.compile(r"checkpoint_rank_(\d{4,})_step_(\d{6,})_loss_(\d+\.\d{4}|NA)\.pt")
 
 
+# What torch.load raises for bytes that are no checkpoint, or one with a bit flipped: it may fail at any of its steps.
+_DAMAGE = (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError, LookupError, TypeError, AttributeError,
+           AssertionError)  # fmt: skip
+_OWN_KEYS = {"model_config", "model_state_dict", "step", "loss"}
+_TRAINING_KEYS = {"family", "tensors", "scalars", "state", "lanes", "totals", "mixes", "tracker", "dice", "torch_rng"}
+
+
 class CheckpointError(UserError):
     """A file that is no whole checkpoint of the wanted kind."""
 
@@ -81,28 +88,39 @@ def save_checkpoint(
     return path
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a .pt file, tensors on the CPU and mapped from the file, read when touched.
+def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
+    """The content of a .pt file, tensors on the CPU; mapped: their bytes are read when touched.
 
+    A mapped file must stay: where another host may remove it, touching it later would kill the process.
     Raises CheckpointError for a file that is missing, unreadable, truncated, or needs more than weights_only.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"expected a checkpoint at {path}, got no such file: check the path") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError, KeyError) as error:
+    except _DAMAGE as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"expected a whole checkpoint, got {path} ({reason}): choose another file") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"expected a checkpoint, got a {type(content).__name__} in {path}: choose another file")
+    if content.get("format") == FORMAT and not _OWN_KEYS <= content.keys():
+        raise CheckpointError(f"expected a whole checkpoint, got {path} without some of its parts: choose another file")
     return content
 
 
 def read_own_checkpoint(path: Path) -> dict[str, Any]:
-    """read_checkpoint for one that this software wrote, with its training state; CheckpointError otherwise."""
-    content = read_checkpoint(path)
+    """read_checkpoint for one that this software wrote, with a training state that is whole and finite, not mapped.
+
+    Raises CheckpointError.
+    """
+    content = read_checkpoint(path, mapped=False)
     if content.get("format") != FORMAT or "training" not in content:
         raise CheckpointError(f"expected a checkpoint of this software, got {path}: use --init_from for its weights")
+    training = content["training"]
+    if not isinstance(training, dict) or not _TRAINING_KEYS <= training.keys():
+        raise CheckpointError(f"expected a whole checkpoint, got {path} without some of its parts: choose another file")
+    if not all(bool(tensor.isfinite().all()) for tensor in training["tensors"].values()):
+        raise CheckpointError(f"expected finite weights, got others in {path}: choose another file")
     return content
 
 
@@ -151,31 +169,6 @@ def find_model_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise CheckpointError(f"expected a run directory with best.pt or latest.pt, got {path}: give a checkpoint file")
-
-
-def resume_candidates(run_dir: Path, rank: int, world_size: int) -> list[CheckpointFile]:
-    """What `rank` of `world_size` resumes from, the first choice first; the others serve if that one is not whole.
-
-    A rank that has checkpoints goes on with its own newest. A rank that has none starts from the population's best.
-    With fewer ranks than before the best go on: of the old ranks' newest checkpoints the best `world_size` stay, each
-    at its own rank if that still exists, else at the rank of one that does not go on.
-    Raises UserError if the run has no checkpoint.
-    """
-    files = list_checkpoints(run_dir)
-    if not files:
-        raise UserError(f"expected a run directory with a checkpoint to resume, got none in {run_dir}: check the path")
-    newest = {file.rank: file for file in files}
-    ranking = sorted(newest.values(), key=_by_loss)
-    staying = {file.rank for file in ranking[:world_size]}
-    source = rank if rank in staying else None
-    if source is None:
-        vacant = [r for r in range(world_size) if r not in staying]
-        homeless = [file.rank for file in ranking[:world_size] if file.rank >= world_size]
-        index = vacant.index(rank)
-        source = homeless[index] if index < len(homeless) else ranking[0].rank
-    own = [file for file in reversed(files) if file.rank == source]
-    others = [file for file in sorted(files, key=_by_loss) if file.rank != source]
-    return own + others
 
 
 def best_first(files: list[CheckpointFile]) -> list[CheckpointFile]:

@@ -151,8 +151,19 @@ class Trainer:
     def run(self, deadline: float = math.inf, progress: Progress | None = None) -> None:
         """Train until --train_steps, `deadline` (on time.monotonic) or a stop signal; then save.
 
-        Raises TrainingDiverged.
+        Raises TrainingDiverged. After any other error, a broken gossip thread's say, it saves before it raises.
         """
+        try:
+            self._train(deadline, progress)
+        except TrainingDiverged:
+            raise
+        except Exception:
+            self.save("ended by an error")
+            raise
+        if self.totals.step != self.saved_step:
+            self.save("stopped by a signal" if self.parts.signals.stop else "end of the budget")
+
+    def _train(self, deadline: float, progress: Progress | None) -> None:
         options, signals, totals = self.options.run, self.parts.signals, self.totals
         last_step = math.inf if options.train_steps is None else options.train_steps
         before = time.monotonic()
@@ -179,8 +190,6 @@ class Trainer:
             before = now
             if progress:
                 progress.update(totals.step, self.parts.tracker.ema, self.bytes_per_s, self.mixes())
-        if totals.step != self.saved_step:
-            self.save("stopped by a signal" if signals.stop else "end of the budget")
 
     def _meet_population(self) -> None:
         node, options = self.parts.node, self.options.population
@@ -190,7 +199,9 @@ class Trainer:
             self._line(f"merged rank {report.peer_rank}'s weights of its step {report.peer_step} ({report.method})")
         standing = standing_of(node.roster, self.parts.run.rank)
         if is_among_worst(standing, options.rejuvenation_threshold):
-            if self.dice.random() < options.rejuvenation_probability:
+            # The standing is as old as the last heartbeat: weights that are newer than their fitness have none.
+            measured = self.parts.tracker.fitness is not None and not node.engaged
+            if self.dice.random() < options.rejuvenation_probability and measured:
                 self._rejuvenate()
 
     def _rejuvenate(self) -> None:
@@ -198,8 +209,8 @@ class Trainer:
         self.parts.node.before_write()
         try:
             elite, scalars = merge_elite(self.parts.run.path, self.weights, self.parts.schema, options, self.dice)
-        except CheckpointError as error:
-            self._event("rejuvenation_failed", str(error))
+        except (CheckpointError, torch.OutOfMemoryError) as error:
+            self._event("rejuvenation_failed", str(error).partition("\n")[0])
             return
         self.parts.node.weights_changed()
         self._weights_replaced(scalars if options.gossip_merge_method == "clonal" else None)
@@ -258,10 +269,13 @@ class Trainer:
         return self._save_due and self.parts.tracker.fitness is not None
 
     def save(self, why: str = "") -> None:
-        """Write a checkpoint; a full or broken disk is logged and counted, and training goes on."""
+        """Write a checkpoint; a full or broken disk is logged, and training goes on. Never of non-finite weights."""
         self._save_due = False
         run, step = self.parts.run, self.totals.step
         averaged = {name: tensor.cpu() for name, tensor in self.weights.averaged().items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in averaged.values()):
+            self._event("save_failed", "the weights are not finite; the older checkpoints stand")
+            return
         try:
             path = save_checkpoint(
                 run.path, run.rank, step, self.parts.tracker.fitness, self.model.config, averaged, capture(self)

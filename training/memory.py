@@ -41,10 +41,16 @@ def estimate_memory(parameters: int) -> MemoryEstimate:
 
 def check_memory(estimate: MemoryEstimate, device: torch.device, ranks_here: int) -> None:
     """Raise UserError if `ranks_here` ranks of this host, on `device` (one GPU each, or all on the CPU), cannot fit."""
-    available = device_memory_bytes(device)
-    needed = estimate.on_device
+    host = device_memory_bytes(torch.device("cpu"))
     if device.type == "cpu":
-        needed = (needed + estimate.exchange) * ranks_here
+        available, needed = host, (estimate.on_device + estimate.exchange) * ranks_here
+    else:
+        available, needed = device_memory_bytes(device), estimate.on_device
+        if estimate.exchange * ranks_here > host:
+            raise UserError(
+                f"expected a model whose exchange buffers fit this host ({host / _GIB:.2f} GiB), got one that needs "
+                f"{estimate} times {ranks_here} ranks: choose smaller --params, or fewer ranks a host"
+            )
     if needed > available:
         raise UserError(
             f"expected a model that fits {device} ({available / _GIB:.2f} GiB), got one that needs {estimate}"

@@ -10,7 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from runtime.errors import UserError
 from runtime.files import atomic_write
+from runtime.stderr import say
 
 COLUMNS = (
     "rank", "step", "time_s", "loss", "ema_loss", "val_loss", "bytes_seen", "bytes_per_s", "lr", "grad_norm",
@@ -64,13 +66,16 @@ def _cell(value: Any) -> str:
 class RunLog:
     """The human's log: plain lines with the time in front, in a file and, where wanted, on standard error.
 
-    A full disk must not stop training: a line that cannot be written is counted in `lost` and said on standard error
-    once.
+    Opening raises UserError; after that a full disk must not stop training: a line that cannot be written is counted in
+    `lost` and said on standard error once.
     """
 
     def __init__(self, path: Path, echo: bool) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab", buffering=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"expected to write a log to {path}, got {error.strerror}: mend its folder") from None
         self._echo = echo
         self.lost = 0
 
@@ -80,11 +85,11 @@ class RunLog:
         try:
             self._file.write(f"{stamped}\n".encode())
         except OSError as error:
-            if self.lost == 0:
-                print(f"warning: the log cannot be written ({error.strerror}); training goes on", file=sys.stderr)
             self.lost += 1
+            if self.lost == 1:
+                say(f"warning: the log cannot be written ({error.strerror}); training goes on")
         if self._echo if echo is None else echo:
-            tqdm.write(stamped, file=sys.stderr)
+            say(stamped)
 
     def close(self) -> None:
         """Close the file."""
@@ -105,10 +110,13 @@ class Progress:
         left = "" if self._deadline is None else f", {max(0.0, self._deadline - time.monotonic()):.0f} s left"
         shown = "..." if loss is None else f"{bits(loss):.3f}"
         rate = "..." if bytes_per_s is None else f"{bytes_per_s / 1000:.1f}"
-        self._bar.set_postfix_str(
-            f"{shown} bits/byte, {rate} kB/s, {mixes['won']} won {mixes['lost']} lost{left}", refresh=False
-        )
-        self._bar.update(step - self._bar.n)
+        try:
+            self._bar.set_postfix_str(
+                f"{shown} bits/byte, {rate} kB/s, {mixes['won']} won {mixes['lost']} lost{left}", refresh=False
+            )
+            self._bar.update(step - self._bar.n)
+        except OSError:  # the terminal is gone, and with it whoever looked at the bar
+            self._bar.disable = True
 
     def close(self) -> None:
         """Leave the bar as it stands."""

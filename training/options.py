@@ -43,7 +43,14 @@ def parse_delimiter(text: str) -> int | None:
     return value
 
 
-def _whole(minimum: int) -> Callable[[str], int]:
+def _val_bytes(text: str) -> int:
+    size = parse_size(text)
+    if size < 2:
+        raise UserError(f"expected at least 2 bytes, an input and its target, got {text}: raise it")
+    return size
+
+
+def _whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -51,6 +58,8 @@ def _whole(minimum: int) -> Callable[[str], int]:
             raise UserError(f"expected a whole number, got {text!r}: write it so") from None
         if value < minimum:
             raise UserError(f"expected a whole number of at least {minimum}, got {value}: raise it")
+        if maximum is not None and value > maximum:
+            raise UserError(f"expected a whole number of at most {maximum}, got {value}: lower it")
         return value
 
     return parse
@@ -99,7 +108,7 @@ class DataOptions:
         _real(0, 1, below=True), fixed=True,
     )  # fmt: skip
     val_bytes: int = _option(64 * 1024, "most bytes that one validation reads, from the start of the held-out data",
-                             parse_size)  # fmt: skip
+                             _val_bytes)  # fmt: skip
     chunk_size: int = _option(256, "bytes of a lane that one forward and backward pass sees", parse_size)
     batch_size: int = _option(8, "lanes: places of the data that are read in parallel", _whole(1))
     document_delimiter: int | None = _option(
@@ -135,7 +144,7 @@ class OptimizerOptions:
                              _real(0, 1, above=True, below=True), fixed=True)  # fmt: skip
     sf_beta2: float = _option(0.99, "second moment's decay", _real(0, 1, above=True, below=True), fixed=True)
     schedulefree: bool = _option(True, "schedule-free AdamW; --no_schedulefree: plain AdamW", fixed=True)
-    seed: int = _option(42, "seed of the initial weights (shared by all ranks) and of the data order", _whole(0),
+    seed: int = _option(42, "seed of the initial weights (shared by all ranks) and of the data order", _whole(0, 2**53),
                         fixed=True)  # fmt: skip
 
 

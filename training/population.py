@@ -1,6 +1,7 @@
 """What a rank's place in the ranking changes in its training: how often it saves, and when an elite renews it."""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 from gossip.filesystem_coordinator import Roster
@@ -11,16 +12,31 @@ from training.optimizer import TrainedWeights
 from training.options import PopulationOptions
 
 
-def standing_of(roster: Roster | None, rank: int) -> float | None:
-    """0 for the best of the live ranks ... 1 for the worst; None without a ranking of at least two."""
+@dataclass(frozen=True)
+class Standing:
+    """A rank's place among the ranked: 0 is the best, `ranked` - 1 the last; at least two are ranked."""
+
+    place: int
+    ranked: int
+
+    @property
+    def share(self) -> float:
+        """0 for the best ... 1 for the last."""
+        return self.place / (self.ranked - 1)
+
+
+def standing_of(roster: Roster | None, rank: int) -> Standing | None:
+    """The rank's place among the live ranks of known fitness; None if it has none, or is alone there."""
     if roster is None:
         return None
-    ranked = [member for member in roster.members if member.standing is not None]
+    ranked = sum(member.standing is not None for member in roster.members)
     member = roster.member(rank)
-    return member.standing if member is not None and len(ranked) > 1 else None
+    if member is None or member.standing is None or ranked < 2:
+        return None
+    return Standing(round(member.standing * (ranked - 1)), ranked)
 
 
-def save_chance(standing: float | None, save_every: int, multiplier: float) -> float:
+def save_chance(standing: Standing | None, save_every: int, multiplier: float) -> float:
     """Chance of a checkpoint at this step.
 
     The best rank saves `multiplier` times as often as the last, linearly in between. Standings are spread evenly, so
@@ -28,13 +44,16 @@ def save_chance(standing: float | None, save_every: int, multiplier: float) -> f
     """
     if standing is None:
         return 1 / save_every
-    weight = multiplier + standing * (1 - multiplier)
+    weight = multiplier + standing.share * (1 - multiplier)
     return weight / ((multiplier + 1) / 2) / save_every
 
 
-def is_among_worst(standing: float | None, threshold: float) -> bool:
-    """Is a rank in the last `threshold` (0 ... 1) of the ranking?"""
-    return standing is not None and threshold > 0 and standing >= 1 - threshold
+def is_among_worst(standing: Standing | None, threshold: float) -> bool:
+    """Is a rank in the last `threshold` (0 ... 1) of the ranking? Above 0 the last always is, and the best never."""
+    if standing is None or threshold == 0:
+        return False
+    worst = min(max(1, int(standing.ranked * threshold)), standing.ranked - 1)
+    return standing.place >= standing.ranked - worst
 
 
 def merge_elite(

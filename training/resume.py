@@ -51,13 +51,13 @@ def restore_weights(trainer: "Trainer", training: dict[str, Any]) -> None:
     trainer.weights.load_scalars(training["scalars"])
 
 
-def restore(trainer: "Trainer", training: dict[str, Any], own: bool) -> None:
-    """Go on from a checkpoint. own: it was written by this rank, so its place in the data, its hidden state, random
-    generators and counters come along; otherwise (a new rank that starts from another's weights) only the step does.
+def restore(trainer: "Trainer", training: dict[str, Any], moves: bool) -> None:
+    """Go on from a checkpoint. moves: its place in the data, hidden state, random generators and counters come along;
+    otherwise (a new rank that starts from another's weights) only the step does.
     """
     restore_weights(trainer, training)
     trainer.totals.step = training["totals"]["step"]
-    if not own:
+    if not moves:
         return
     trainer.totals = type(trainer.totals)(**training["totals"])
     trainer.saved_step = trainer.totals.step

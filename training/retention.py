@@ -45,6 +45,16 @@ def tidy(run_dir: Path, policy: RetentionPolicy, dice: random.Random) -> None:
             return
 
 
+def retire_later(run_dir: Path, rank: int, step: int) -> None:
+    """Archive the rank's checkpoints of steps after `step`, which it goes on from: they belong to a line that ended.
+
+    Left in place, they would pass for its newest. Raises OSError.
+    """
+    for file in list_checkpoints(run_dir):
+        if file.rank == rank and file.step > step:
+            _retire(file.path, archive=True)
+
+
 def plan(files: list[CheckpointFile], policy: RetentionPolicy) -> tuple[set[Path], dict[str, str]]:
     """The paths to keep, and the symlinks (name -> file name) to have."""
     newest: dict[int, list[CheckpointFile]] = {}

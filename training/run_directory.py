@@ -1,7 +1,7 @@
 """A run's folder: what is where in it, who may start in it, and config.json, which says what the run is."""
 
+import fcntl
 import json
-import os
 import platform
 import socket
 import subprocess
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mingru.minLM import ModelConfig
 from runtime.errors import UserError
-from runtime.files import atomic_write, temporary_name
+from runtime.files import atomic_write
 from runtime.ranks import Identity
+from runtime.stderr import say
 from training.metrics import MetricsFile
 from training.options import Options
+from training.succession import Launch, claim_launch, newest_launch
 
 FITNESS_KIND = "moving average of the training loss, nats per byte"
 
@@ -56,8 +58,8 @@ class RunDirectory:
     def claim(self, identity: Identity) -> None:
         """Take this rank's place in a new run. Raises UserError if the folder already holds a run.
 
-        The first rank to come writes population/launch.json; a rank that finds another world's there, or its own
-        metrics, is not part of this run.
+        The first rank to come writes down the launch; a rank that finds another one there, or its own metrics, is not
+        part of this run.
         """
         taken = UserError(
             f"expected a new or empty run directory, got {self.path}, which already holds a run: --resume "
@@ -65,17 +67,11 @@ class RunDirectory:
         )
         try:
             self.population.mkdir(parents=True, exist_ok=True)
-            launch = self.population / "launch.json"
-            content = json.dumps({"world_size": identity.world_size}) + "\n"
-            draft = temporary_name(launch)
-            atomic_write(draft, content)
-            try:
-                os.link(draft, launch)  # unlike a rename, fails where another rank was first
-            except FileExistsError:
-                if launch.read_text() != content:
-                    raise taken from None
-            finally:
-                draft.unlink()
+            launch = newest_launch(self.population) or claim_launch(
+                self.population, Launch(identity.world_size, sources={}, known=())
+            )
+            if launch != Launch(identity.world_size, sources={}, known=()):
+                raise taken
             MetricsFile(self.metrics).create()
         except FileExistsError:
             raise taken from None
@@ -83,6 +79,28 @@ class RunDirectory:
             raise UserError(
                 f"expected a writable --output, got {self.path}: {error.strerror}; choose another or mend it"
             ) from None
+
+    def lock(self) -> BinaryIO:
+        """Hold this rank until the returned file is closed, at the latest when the process ends.
+
+        Raises UserError if another process of this run is that rank, or if the folder cannot be written. On a
+        filesystem without locks nothing is held.
+        """
+        try:
+            self.population.mkdir(parents=True, exist_ok=True)
+            file = open(self.population / f"rank_{self.rank:04d}.lock", "wb")
+        except OSError as error:
+            raise UserError(f"expected a writable run directory, got {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"expected rank {self.rank} of {self.path} to be free, got a process that is running it: end that first"
+            ) from None
+        except OSError as error:
+            say(f"warning: {self.path} has no file locks ({error.strerror}): start each rank once only")
+        return file
 
     def stored_options(self) -> dict[str, dict[str, Any]]:
         """The options in config.json of a run to resume. Raises UserError if there is no such run."""

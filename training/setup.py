@@ -1,7 +1,9 @@
 """From options to parts: which run, which model, which data, which weights. Every user's mistake is found here."""
 
 import dataclasses
+import hashlib
 import os
+import resource
 import secrets
 import socket
 import sys
@@ -17,14 +19,16 @@ from gossip.evolutionary_node import GossipConfig
 from gossip.network_utils import choose_address, listen
 from gossip.secret import VARIABLE, run_secret
 from mingru.minLM import MinLM, ModelConfig
+from mingru.scan import chosen_backend
 from mingru.sizing import parameter_count, resolve_config
 from runtime.errors import UserError
 from runtime.ranks import Identity
-from training.checkpoint import CheckpointError, CheckpointFile, read_for_use, read_own_checkpoint, resume_candidates
+from training.checkpoint import CheckpointError, CheckpointFile, read_for_use, read_own_checkpoint
 from training.data import Corpus, Region, find_files
 from training.optimizer import TrainedWeights
 from training.options import Options, resolve_options
 from training.run_directory import FITNESS_KIND, RunDirectory
+from training.succession import resume_sources
 
 CONV_KERNEL_SIZE = 4  # as in the paper's language model
 DEFAULT_PARAMETERS = 15 * 1024**2
@@ -32,10 +36,11 @@ DEFAULT_PARAMETERS = 15 * 1024**2
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a rank goes on from; moves: with all of its state, else with its weights alone."""
 
     file: CheckpointFile
     content: dict[str, Any]
+    moves: bool
 
 
 def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, RunDirectory]:
@@ -51,6 +56,9 @@ def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, R
             stored.get("run", {}).update(cuda=False, rocm=False, cpu=False)
         return resolve_options(given, stored), run
     options = resolve_options(given)
+    population = options.population
+    if identity.world_size > 1 and not population.filesystem_coordinator and not population.gossip_peers:
+        raise UserError("expected --gossip_peers beside --no_filesystem_coordinator, got none: nobody could be found")
     if options.run.output is None:
         if identity.world_size > 1:
             raise UserError("expected --output for a population of several ranks, got none: name one folder for all")
@@ -60,9 +68,9 @@ def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, R
 
 def read_resumed(run: RunDirectory, identity: Identity) -> Resumed:
     """The checkpoint to go on from: the first whole one of the candidates; those passed over are named."""
-    for file in resume_candidates(run.path, identity.rank, identity.world_size):
+    for source in resume_sources(run.path, identity.rank, identity.world_size):
         try:
-            return Resumed(file, read_own_checkpoint(file.path))
+            return Resumed(source.file, read_own_checkpoint(source.file.path), source.moves)
         except CheckpointError as error:
             print(f"warning: rank {identity.rank} passes over a checkpoint: {error}", file=sys.stderr)
     raise UserError(f"expected a whole checkpoint to resume, got none in {run.path}: start a new run")
@@ -81,6 +89,8 @@ def choose_model(options: Options, given: Mapping[str, Any], resumed: Resumed | 
     if options.run.init_from is None:
         return resolve_config(params=params, dim=wanted.dim, depth=wanted.depth, dropout=wanted.dropout, **shape)
     config = read_for_use(Path(options.run.init_from))[0]
+    if config.num_tokens != 256:
+        raise UserError(f"expected a model of 256 byte values, got {config.num_tokens} in {options.run.init_from}")
     flags = {"dim": "dim", "depth": "depth", "expansion_factor": "expansion", "ff_mult": "ff_mult"}
     for flag, name in flags.items():
         if flag in given and given[flag] != getattr(config, name):
@@ -99,25 +109,44 @@ def open_data(options: Options) -> tuple[Corpus, Region, Region | None]:
     data = options.data
     if not data.data:
         raise UserError("expected --data with files, folders or globs, got none: name the bytes to train on")
+    # Each mapped file keeps a descriptor.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     corpus = Corpus(find_files(data.data), data.document_delimiter)
     if data.val_data:
         held_out_corpus = Corpus(find_files(data.val_data), data.document_delimiter)
-        return corpus, Region(corpus, 0, len(corpus)), Region(held_out_corpus, 0, len(held_out_corpus))
-    training_region, held_out = corpus.split(data.val_fraction)
+        training_region, held_out = Region(corpus, 0, len(corpus)), Region(held_out_corpus, 0, len(held_out_corpus))
+    else:
+        training_region, held_out = corpus.split(data.val_fraction)
     if options.run.val_every and held_out is not None and len(held_out) < 2:
-        raise UserError(
-            f"expected at least 2 held-out bytes, got {len(held_out)}: raise --val_fraction, or set --val_every 0"
-        )
+        raise UserError(f"expected at least 2 held-out bytes, got {len(held_out)}: give more, or set --val_every 0")
     return corpus, training_region, held_out
 
 
-def initial_weights(options: Options, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """What a new run starts from, on the CPU: --init_from, or an initialisation that all ranks share by its seed."""
+def initial_weights(options: Options, config: ModelConfig, resumed: Resumed | None) -> dict[str, torch.Tensor]:
+    """What a rank starts from, on the CPU: the checkpoint it goes on from, --init_from, or an initialisation that all
+    ranks share by its seed.
+    """
+    if resumed:
+        return resumed.content["model_state_dict"]
     if options.run.init_from:
         return read_for_use(Path(options.run.init_from))[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.optimizer.seed)
         return MinLM(config).state_dict()
+
+
+def resolve_model(options: Options, config: ModelConfig) -> None:
+    """Write the shape that was chosen into the options, which config.json then holds resolved."""
+    model = options.model
+    model.dim, model.depth = config.dim, config.depth
+    model.expansion_factor, model.ff_mult = config.expansion, config.ff_mult
+    model.enable_conv = config.conv_kernel_size is not None
+
+
+def run_identity(run: RunDirectory) -> str:
+    """What the ranks of a run call it among themselves: a digest of its folder's name."""
+    return hashlib.sha256(run.name.encode()).hexdigest()[:32]
 
 
 def terms(options: Options, weights: TrainedWeights, corpus: Corpus) -> dict[str, Any]:
@@ -153,8 +182,9 @@ def open_listener(options: Options, identity: Identity) -> socket.socket:
     return listen(choose_address(options.population.gossip_host, identity), port + identity.local_rank if port else 0)
 
 
-def check_secret() -> None:
-    """Raise UserError if the environment holds a secret that is none, before a run directory depends on it."""
+def check_environment() -> None:
+    """Raise UserError for a variable that would be found wrong only once a run directory depends on it."""
+    chosen_backend()
     if VARIABLE in os.environ:
         run_secret(None, os.environ)
 

@@ -96,8 +96,9 @@ status=0
 wait "$launcher" || status=$?
 trap - INT TERM HUP USR1
 
-# 2: nothing was trained. 130, 143: who sends a second signal does not wait for a table.
-case $status in 2 | 130 | 143) exit "$status" ;; esac
+# 130, 143: who sends a second signal does not wait for a table.
+case $status in 130 | 143) exit "$status" ;; esac
+if [ "$status" -eq 2 ] && [ ! -e "$run_dir/latest.pt" ]; then exit 2; fi # nothing was trained
 "$VENV_PYTHON" watch.py "$run_dir" --once || status=$((status ? status : $?))
 if [ -n "$SAMPLE_PROMPT" ]; then
     # A young model may well write control characters, which are not for a terminal.

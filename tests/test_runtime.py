@@ -133,12 +133,15 @@ def test_identity_refuses_what_no_launcher_means(change, said):
 
 @pytest.fixture
 def accelerators(monkeypatch):
-    """Pretends that this torch build sees so many devices, of ROCm if `hip`."""
+    """Pretends that this torch build sees so many devices, of ROCm if `hip`; lists those that were made current."""
+    made_current = []
 
     def pretend(count, hip=None):
+        monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.version, "hip", hip)
+        return made_current
 
     return pretend
 
@@ -157,8 +160,9 @@ def accelerators(monkeypatch):
     ids=["none", "cpu", "cpu-beside-gpus", "best", "cuda", "rocm", "bound"],
 )
 def test_choose_device_takes_what_was_asked_for_or_the_best(accelerators, count, hip, asked, local_rank, device):
-    accelerators(count, hip)
+    made_current = accelerators(count, hip)
     assert choose_device(**asked, local_rank=local_rank) == torch.device(device)
+    assert made_current == ([] if device == "cpu" else [torch.device(device)])
 
 
 @pytest.mark.parametrize(

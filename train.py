@@ -23,6 +23,7 @@ from runtime.arguments import run_main
 from runtime.devices import choose_device
 from runtime.ranks import identity_from_environment
 from runtime.signals import SignalFlags
+from runtime.stderr import say
 from training import setup
 from training.checkpoint import build_model
 from training.data import LaneReader
@@ -110,7 +111,10 @@ def main(arguments: list[str]) -> int:
     try:
         trainer.run(math.inf if deadline is None else deadline, progress)
     except TrainingDiverged as error:
-        print(f"error: rank {identity.rank}: {error}", file=sys.stderr)
+        say(f"error: rank {identity.rank}: {error}")
+        return 1
+    except torch.OutOfMemoryError as error:
+        say(f"error: rank {identity.rank}: {str(error).splitlines()[0]}: lower --batch_size, --chunk_size or --params")
         return 1
     finally:
         if progress:

@@ -57,6 +57,14 @@ def test_resume_10_and_10_steps_equal_20_bit_for_bit(run_train, flags):
         assert {k: v for k, v in a.items() if k not in changing} == {k: v for k, v in b.items() if k not in changing}
 
 
+def test_resume_of_a_finished_run_says_that_there_is_nothing_to_do(run_train, capsys):
+    run_dir = run_train("run", "--train_steps", "4", *QUIET)
+    before = newest(run_dir)
+    train.main(["--resume", "run"])
+    assert "nothing to do: --train_steps 4 is reached" in capsys.readouterr().err
+    assert_same(before, newest(run_dir))
+
+
 def test_resume_writes_its_metrics_on_in_the_same_file(run_train):
     run_dir = run_train("run", "--train_steps", "10", *QUIET)
     train.main(["--resume", "run", "--train_steps", "20"])

@@ -166,6 +166,8 @@ class Trainer:
     def _train(self, deadline: float, progress: Progress | None) -> None:
         options, signals, totals = self.options.run, self.parts.signals, self.totals
         last_step = math.inf if options.train_steps is None else options.train_steps
+        if totals.step >= last_step:
+            self._line(f"nothing to do: --train_steps {last_step} is reached")
         before = time.monotonic()
         logged_time, logged_bytes = before, totals.bytes_seen
         while totals.step < last_step and before < deadline and not signals.stop:

@@ -27,11 +27,12 @@ from runtime.stderr import say
 from training import setup
 from training.checkpoint import build_model
 from training.data import LaneReader
-from training.loop import Parts, Trainer, TrainingDiverged
+from training.loop import Parts, Trainer
 from training.memory import check_memory, estimate_memory
 from training.metrics import MetricsFile, Progress, RunLog
 from training.optimizer import build_optimizer
 from training.options import parse_arguments
+from training.recovery import TrainingDiverged
 from training.resume import restore
 from training.retention import RetentionPolicy, retire_later, tidy
 

@@ -19,6 +19,7 @@ from training.checkpoint import list_checkpoints
 from training.data import validation_chunks
 from training.loop import Trainer
 from training.metrics import RunLog
+from training.recovery import Recovery, TrainingDiverged
 
 
 @pytest.fixture
@@ -256,3 +257,18 @@ def test_metrics_count_what_was_trained(run_train):
     assert 0 < int(rows[-1]["documents"]) < 60
     assert all(float(row["bytes_per_s"]) > 0 and float(row["grad_norm"]) > 0 for row in rows)
     assert float(rows[0]["loss"]) == pytest.approx(math.log(256), rel=0.2)
+
+
+def test_each_further_return_tries_an_older_checkpoint(run_train, trainers, tmp_path):
+    flags = ["--no_fitness_weighted_checkpointing", "--save_every", "16", "--keep_checkpoints", "9", "--val_every", "0"]
+    run_train("run", "--train_steps", "48", *flags)
+    (trainer,) = trainers
+    trainer.parts.log = RunLog(tmp_path / "after.log", echo=False)
+    recovery = Recovery(trainer)
+    for _ in range(5 * 3):
+        recovery.bad_step()
+    with pytest.raises(TrainingDiverged):
+        for _ in range(3):
+            recovery.bad_step()
+    returns = [line for line in (tmp_path / "after.log").read_text().splitlines() if "returned" in line]
+    assert [line.split("_step_")[1][:6] for line in returns] == ["000048", "000032", "000016", "000016", "000016"]

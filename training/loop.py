@@ -23,21 +23,15 @@ from gossip.fitness_tracker import FitnessTracker
 from gossip.state import Schema
 from mingru.minLM import MinLM, MinLMState
 from runtime.signals import SignalFlags
-from training.checkpoint import CheckpointError, list_checkpoints, read_own_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointError, save_checkpoint
 from training.data import Chunk, LaneReader, Region, validation_chunks
 from training.metrics import MetricsFile, Progress, RunLog, bits
 from training.optimizer import TrainedWeights
 from training.options import Options
 from training.population import is_among_worst, merge_elite, save_chance, standing_of
-from training.resume import capture, restore_weights
+from training.recovery import Recovery, TrainingDiverged
+from training.resume import capture
 from training.run_directory import RunDirectory
-
-_NON_FINITE_IN_A_ROW = 3  # steps; then the rank returns to its last good state
-_RETURNS_IN_A_ROW = 5  # returns without one good step between them; then it gives up
-
-
-class TrainingDiverged(RuntimeError):
-    """Losses stay non-finite, from the last good state on as well."""
 
 
 @dataclass
@@ -88,8 +82,7 @@ class Trainer:
         self.val_loss: float | None = None
         self.grad_norm: float | None = None
         self.bytes_per_s: float | None = None
-        self._non_finite = 0
-        self._returns = 0
+        self._recovery = Recovery(self)
         self.saved_step: int | None = None
         self._save_due = False
 
@@ -172,7 +165,7 @@ class Trainer:
         logged_time, logged_bytes = before, totals.bytes_seen
         while totals.step < last_step and before < deadline and not signals.stop:
             if self.train_step():
-                self._non_finite = self._returns = 0
+                self._recovery.good_step()
                 self._meet_population()
                 if options.val_every and totals.step % options.val_every == 0 and self.parts.held_out is not None:
                     self.val_loss = self.validate()
@@ -184,7 +177,7 @@ class Trainer:
                 if self._save_is_due():
                     self.save()
             else:
-                self._after_non_finite()
+                self._recovery.bad_step()
             if signals.take_save():
                 self.save("asked for by a signal")
             now = time.monotonic()
@@ -212,11 +205,11 @@ class Trainer:
         try:
             elite, scalars = merge_elite(self.parts.run.path, self.weights, self.parts.schema, options, self.dice)
         except (CheckpointError, torch.OutOfMemoryError) as error:
-            self._event("rejuvenation_failed", str(error).partition("\n")[0])
+            self.event("rejuvenation_failed", str(error).partition("\n")[0])
             return
         self.parts.node.weights_changed()
         self._weights_replaced(scalars if options.gossip_merge_method == "clonal" else None)
-        self._event("rejuvenated", f"merged {elite}")
+        self.event("rejuvenated", f"merged {elite}")
 
     def _weights_replaced(self, cloned_scalars: dict[str, float] | None) -> None:
         """After a merge: a clone brings its optimizer's counters, and what was measured describes other weights now."""
@@ -225,39 +218,6 @@ class Trainer:
         if self.options.population.gossip_optimizer_recombination == "reset":
             self.weights.adopt(self.weights.averaged())
         self.parts.tracker.reset()
-
-    def _after_non_finite(self) -> None:
-        self._non_finite += 1
-        self.state = self.model.initial_state(self.options.data.batch_size)
-        self._event("non_finite", f"a loss or gradient is not finite ({self._non_finite} in a row); step not applied")
-        if self._non_finite < _NON_FINITE_IN_A_ROW:
-            return
-        self._non_finite = 0
-        self._returns += 1
-        if self._returns > _RETURNS_IN_A_ROW:
-            raise TrainingDiverged(
-                f"losses stay non-finite after {_RETURNS_IN_A_ROW} returns to the last good state: "
-                "lower --lr, or look at the data"
-            )
-        self._event("returned", f"to {self._return_to_last_good_state()}")
-
-    def _return_to_last_good_state(self) -> str:
-        """Take the weights of this rank's newest whole checkpoint, else the initial ones; the data goes on."""
-        run = self.parts.run
-        self.parts.node.before_write()
-        source = None
-        for file in reversed([file for file in list_checkpoints(run.path) if file.rank == run.rank]):
-            try:
-                restore_weights(self, read_own_checkpoint(file.path)["training"])
-                source = file.path.name
-                break
-            except CheckpointError as error:
-                self._event("checkpoint_passed_over", str(error))
-        if source is None:
-            self.weights.adopt(self.parts.initial_weights())
-        self.parts.node.weights_changed()
-        self.parts.tracker.reset()
-        return source or "the initial weights"
 
     def _save_is_due(self) -> bool:
         """Is it time for a checkpoint? One that is due waits until the fitness for its name is known."""
@@ -276,14 +236,14 @@ class Trainer:
         run, step = self.parts.run, self.totals.step
         averaged = {name: tensor.cpu() for name, tensor in self.weights.averaged().items()}
         if not all(bool(tensor.isfinite().all()) for tensor in averaged.values()):
-            self._event("save_failed", "the weights are not finite; the older checkpoints stand")
+            self.event("save_failed", "the weights are not finite; the older checkpoints stand")
             return
         try:
             path = save_checkpoint(
                 run.path, run.rank, step, self.parts.tracker.fitness, self.model.config, averaged, capture(self)
             )
         except OSError as error:
-            self._event("save_failed", f"{error.strerror or error}; the older checkpoints stand, training goes on")
+            self.event("save_failed", f"{error.strerror or error}; the older checkpoints stand, training goes on")
             return
         roster = self.parts.node.roster
         if roster is None or roster.leader in (None, run.rank):  # otherwise the leader does it
@@ -296,7 +256,7 @@ class Trainer:
         try:
             self.parts.tidy()
         except OSError as error:
-            self._event("tidy_failed", error.strerror or str(error))
+            self.event("tidy_failed", error.strerror or str(error))
 
     def mixes(self) -> dict[str, int]:
         """Counters of this rank's exchanges since its run began."""
@@ -325,7 +285,7 @@ class Trainer:
         try:
             self.parts.metrics.append(row)
         except OSError as error:
-            self._event("metrics_failed", f"{error.strerror or error}; training goes on")
+            self.event("metrics_failed", f"{error.strerror or error}; training goes on")
         held_out = "" if self.val_loss is None else f"  held-out {bits(self.val_loss):7.4f}"
         self._line(
             f"loss {bits(self.loss):7.4f}  ema {bits(ema):7.4f}{held_out} bits/byte  {rate / 1000:9.1f} kB/s  "
@@ -336,7 +296,7 @@ class Trainer:
     def _line(self, text: str) -> None:
         self.parts.log.line(f"step {self.totals.step:>8}  {text}")
 
-    def _event(self, event: str, message: str) -> None:
+    def event(self, event: str, message: str) -> None:
         """Something went wrong or was mended: in both logs."""
         self.parts.events.write(event, step=self.totals.step, fitness=self.parts.tracker.fitness, message=message)
         self._line(f"{event}: {message}")

@@ -1,0 +1,68 @@
+"""What happens after a step whose loss or gradients were not finite."""
+
+from typing import TYPE_CHECKING
+
+from training.checkpoint import CheckpointError, list_checkpoints, read_own_checkpoint
+from training.resume import restore_weights
+
+if TYPE_CHECKING:
+    from training.loop import Trainer
+
+BAD_STEPS_IN_A_ROW = 3  # then the rank returns to its last good state
+RETURNS_IN_A_ROW = 5  # without one good step between them; then it gives up
+
+
+class TrainingDiverged(RuntimeError):
+    """Losses stay non-finite, from the last good state on as well."""
+
+
+class Recovery:
+    """Counts bad steps, and takes a trainer back to its last good state when they follow one another."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self._trainer = trainer
+        self._bad_steps = 0
+        self._returns = 0
+
+    def good_step(self) -> None:
+        """A step was finite, and applied."""
+        self._bad_steps = self._returns = 0
+
+    def bad_step(self) -> None:
+        """A step was not finite, and not applied. Raises TrainingDiverged when returning does not help."""
+        trainer = self._trainer
+        self._bad_steps += 1
+        trainer.state = trainer.model.initial_state(trainer.options.data.batch_size)
+        trainer.event("non_finite", f"a loss or gradient is not finite ({self._bad_steps} in a row); step not applied")
+        if self._bad_steps < BAD_STEPS_IN_A_ROW:
+            return
+        self._bad_steps = 0
+        self._returns += 1
+        if self._returns > RETURNS_IN_A_ROW:
+            raise TrainingDiverged(
+                f"losses stay non-finite after {RETURNS_IN_A_ROW} returns to the last good state: lower --lr, or look "
+                "at the data"
+            )
+        trainer.event("returned", f"to {self._return_to_last_good_state()}")
+
+    def _return_to_last_good_state(self) -> str:
+        """Take the weights of this rank's newest whole checkpoint, else the initial ones; the data goes on.
+
+        Each further return without a good step between tries an older one: the newest may be what leads astray.
+        """
+        trainer, run = self._trainer, self._trainer.parts.run
+        trainer.parts.node.before_write()
+        source = None
+        newest_first = [file for file in reversed(list_checkpoints(run.path)) if file.rank == run.rank]
+        for file in newest_first[self._returns - 1 :] or newest_first[-1:]:
+            try:
+                restore_weights(trainer, read_own_checkpoint(file.path)["training"])
+                source = file.path.name
+                break
+            except CheckpointError as error:
+                trainer.event("checkpoint_passed_over", str(error))
+        if source is None:
+            trainer.weights.adopt(trainer.parts.initial_weights())
+        trainer.parts.node.weights_changed()
+        trainer.parts.tracker.reset()
+        return source or "the initial weights"

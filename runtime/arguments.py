@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from runtime.errors import UserError
+from runtime.stderr import say, settle
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -38,8 +39,9 @@ def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         status = 2
     except KeyboardInterrupt:
         status = 130
+    settle()
     sys.exit(status or 0)

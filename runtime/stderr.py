@@ -1,5 +1,6 @@
 """The last place to say something: standard error, which may itself be full, closed or gone."""
 
+import os
 import sys
 
 from tqdm import tqdm
@@ -15,3 +16,14 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
     except (OSError, ValueError):  # ValueError: the stream is closed
         return
+
+
+def settle() -> None:
+    """Before the process ends: what standard error still holds and cannot write goes nowhere.
+
+    The interpreter would try once more at its exit, and turn the failure into an exit status of its own.
+    """
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

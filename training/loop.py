@@ -153,8 +153,11 @@ class Trainer:
         except Exception:
             self.save("ended by an error")
             raise
-        if self.totals.step != self.saved_step:
-            self.save("stopped by a signal" if self.parts.signals.stop else "end of the budget")
+        why = "stopped by a signal" if self.parts.signals.stop else "end of the budget"
+        if self.totals.step == self.saved_step:
+            self._line(f"{why}, and saved already")
+        else:
+            self.save(why)
 
     def _train(self, deadline: float, progress: Progress | None) -> None:
         options, signals, totals = self.options.run, self.parts.signals, self.totals

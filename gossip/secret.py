@@ -77,7 +77,10 @@ def _parse(text: str, source: str) -> bytes:
     try:
         secret = bytes.fromhex(text.strip())
     except ValueError:
-        secret = b""
+        raise UserError(
+            f"expected at least {SECRET_BYTES} bytes in hex in {source}, got what is not hex: "
+            f"make one with `openssl rand -hex {SECRET_BYTES}`"
+        ) from None
     if len(secret) < SECRET_BYTES:
         raise UserError(
             f"expected at least {SECRET_BYTES} bytes in hex in {source}, got {len(secret)}: "

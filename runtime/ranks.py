@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from runtime.errors import UserError
 
 _SOURCES = (
-    ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
+    ("environment", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
     ("slurm", ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")),
 )
 
@@ -16,7 +16,7 @@ class Identity:
     """One process of the population.
 
     rank: 0 ... world_size-1 in the population; local_rank: 0 ... on this host, which picks the device;
-    local_world_size: processes on this host; source: who said so ("torchrun", "slurm" or "alone").
+    local_world_size: processes on this host; source: who said so, "environment" (torchrun's names), "slurm" or "alone".
     """
 
     rank: int

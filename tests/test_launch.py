@@ -82,7 +82,7 @@ def test_default_threads_shares_the_cores(monkeypatch):
 def test_rank_environment_is_understood_by_ranks():
     from runtime.ranks import Identity, identity_from_environment
 
-    assert identity_from_environment(rank_environment(2, 4, 1)) == Identity(2, 2, 4, 4, "torchrun")
+    assert identity_from_environment(rank_environment(2, 4, 1)) == Identity(2, 2, 4, 4, "environment")
 
 
 @pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])

@@ -10,7 +10,7 @@ from gossip.network_utils import choose_address, connect, join_address, listen, 
 from runtime.errors import UserError
 from runtime.ranks import Identity
 
-HERE = Identity(0, 0, 4, 4, "torchrun")
+HERE = Identity(0, 0, 4, 4, "environment")
 SEVERAL_HOSTS = Identity(0, 0, 8, 4, "slurm")
 
 

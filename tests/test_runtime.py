@@ -101,14 +101,14 @@ SLURM = {"SLURM_PROCID": "9", "SLURM_NPROCS": "16", "SLURM_LOCALID": "1", "SLURM
     "environment, identity",
     [
         ({}, Identity(0, 0, 1, 1, "alone")),
-        (TORCHRUN, Identity(5, 1, 8, 4, "torchrun")),
+        (TORCHRUN, Identity(5, 1, 8, 4, "environment")),
         (SLURM, Identity(9, 1, 16, 8, "slurm")),
-        ({**SLURM, **TORCHRUN}, Identity(5, 1, 8, 4, "torchrun")),
+        ({**SLURM, **TORCHRUN}, Identity(5, 1, 8, 4, "environment")),
         ({**SLURM, "SLURM_NTASKS_PER_NODE": "8(x2)"}, Identity(9, 1, 16, 0, "slurm")),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Identity(1, 0, 2, 0, "torchrun")),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Identity(0, 0, 1, 1, "torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Identity(1, 0, 2, 0, "environment")),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Identity(0, 0, 1, 1, "environment")),
     ],
-    ids=["alone", "torchrun", "slurm", "torchrun-in-slurm", "uneven-nodes", "unknown-host", "one"],
+    ids=["alone", "environment", "slurm", "torchrun-in-slurm", "uneven-nodes", "unknown-host", "one"],
 )
 def test_identity_comes_from_the_environment(environment, identity):
     assert identity_from_environment(environment) == identity

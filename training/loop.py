@@ -164,6 +164,7 @@ class Trainer:
         last_step = math.inf if options.train_steps is None else options.train_steps
         if totals.step >= last_step:
             self._line(f"nothing to do: --train_steps {last_step} is reached")
+        self._meet_population()  # so that the others know where it stands before its first step is done
         before = time.monotonic()
         logged_time, logged_bytes = before, totals.bytes_seen
         while totals.step < last_step and before < deadline and not signals.stop:

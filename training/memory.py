@@ -9,6 +9,7 @@ from runtime.errors import UserError
 
 _BYTES = 4  # float32
 _GIB = 1024**3
+_MIB = 1024**2
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,10 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = ("weights", "gradients", "optimizer", "evaluation", "exchange")
-        shown = [f"{name} {getattr(self, name) / _GIB:.2f}" for name in parts]
-        return f"{(self.on_device + self.exchange) / _GIB:.2f} GiB a rank ({', '.join(shown)})"
+        total = self.on_device + self.exchange
+        scale, unit = (_GIB, "GiB") if total >= _GIB else (_MIB, "MiB")
+        shown = ", ".join(f"{name} {getattr(self, name) / scale:.1f}" for name in parts)
+        return f"{total / scale:.1f} {unit} a rank without activations ({shown})"
 
 
 def estimate_memory(parameters: int) -> MemoryEstimate:

@@ -148,9 +148,9 @@ def test_output_defaults_to_a_dated_folder_for_one_rank_alone(run_train, tmp_pat
 
 
 def test_gossip_host_and_port_are_where_it_listens(run_train):
-    run_dir = run_train("run", "--train_steps", "1", "--gossip_host", "127.0.0.2", "--gossip_port", "39123", *QUIET)
+    run_dir = run_train("run", "--train_steps", "1", "--gossip_host", "127.0.0.2", "--gossip_port", "21123", *QUIET)
     record = json.loads((run_dir / "population" / "rank_0000.json").read_text())
-    assert record["address"] == "127.0.0.2:39123"
+    assert record["address"] == "127.0.0.2:21123"
 
 
 def test_no_filesystem_coordinator_keeps_no_registry(run_train):

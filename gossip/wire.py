@@ -80,10 +80,6 @@ class Wire:
         await self.receive_into(memoryview(content))
         return bytes(content)
 
-    def close(self) -> None:
-        """Close the connection; no task may be reading or writing it any more."""
-        self._socket.close()
-
 
 class Channel:
     """Frames on a wire: each direction with its own key and its own sequence of numbers.

@@ -89,10 +89,6 @@ class MinLMState(NamedTuple):
         """The same values, cut from the graph."""
         return MinLMState(self.hidden.detach(), None if self.conv is None else self.conv.detach())
 
-    def to(self, device: torch.device) -> "MinLMState":
-        """The same values on `device`."""
-        return MinLMState(self.hidden.to(device), None if self.conv is None else self.conv.to(device))
-
     def lanes(self, index: Any) -> "MinLMState":
         """The lanes that `index` selects (a slice, a list, or a tensor of indices or booleans)."""
         return MinLMState(self.hidden[:, index], None if self.conv is None else self.conv[:, index])

@@ -153,7 +153,7 @@ def test_norm_equals_torch():
 def test_state_selects_lanes_and_detaches():
     model = MinLM(ModelConfig(dim=8, depth=2, conv_kernel_size=3))
     _, state = model(text(3, 5), model.initial_state(3))
-    chosen = state.detach().to(torch.device("cpu")).lanes([2, 0])
+    chosen = state.detach().lanes([2, 0])
     assert isinstance(chosen, MinLMState) and not chosen.hidden.requires_grad and not chosen.conv.requires_grad
     assert torch.equal(chosen.hidden, state.hidden[:, [2, 0]]) and torch.equal(chosen.conv, state.conv[:, [2, 0]])
     alone = MinLM(ModelConfig(dim=8, depth=2)).initial_state(3)

@@ -63,6 +63,7 @@ def test_resume_of_a_finished_run_says_that_there_is_nothing_to_do(run_train, ca
     train.main(["--resume", "run"])
     assert "nothing to do: --train_steps 4 is reached" in capsys.readouterr().err
     assert_same(before, newest(run_dir))
+    assert json.loads((run_dir / "population" / "rank_0000.json").read_text())["step"] == 4
 
 
 def test_resume_writes_its_metrics_on_in_the_same_file(run_train):
@@ -143,6 +144,8 @@ def test_resume_passes_over_a_broken_checkpoint_for_the_next_older_and_says_so(r
     )
     log = (run_dir.parent / "logs" / "train_run_rank_0000.log").read_text()
     assert f"resumed {files[-2].path.name}" in log
+    assert (run_dir / "archive_001.pt").exists()  # the broken one, which must not pass for the newest again
+    assert files[-1].path not in [file.path for file in list_checkpoints(run_dir)]
 
 
 def test_resume_with_more_ranks_starts_the_new_ones_from_the_best(run_train, monkeypatch):
@@ -162,6 +165,7 @@ def test_init_from_starts_a_new_run_at_the_averaged_weights(run_train):
     run_dir = run_train("second", "--train_steps", "1", "--init_from", "first", "--lr", "1e-30", *QUIET)
     second = newest(run_dir)
     assert second["step"] == 1
+    assert [file.step for file in list_checkpoints(run_dir)] == [0, 1]  # it can return to where it started
     assert_same(first["model_state_dict"], second["model_state_dict"])
 
 

@@ -9,13 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mingru import scan_reference, scan_tiled
+from mingru import scan_native, scan_reference, scan_tiled
 from runtime.errors import UserError
 
 Backend = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
-BACKENDS: dict[str, Backend] = {"reference": scan_reference.scan, "tiled": scan_tiled.scan}
-DEFAULT_BACKEND = "tiled"
+BACKENDS: dict[str, Backend] = {
+    "native": scan_native.scan,
+    "reference": scan_reference.scan,
+    "tiled": scan_tiled.scan,
+}
+DEFAULT_BACKEND = "native"
 
 
 def scan(

@@ -1,0 +1,125 @@
+"""The recurrence by a C kernel, compiled when first used: float32 and bfloat16 on the CPU.
+
+Both passes are torch custom operators. Whatever the kernel cannot do (another device or dtype, no compiler) goes to the
+tiled loop.
+"""
+
+import functools
+from ctypes import CDLL, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mingru import scan_tiled
+from mingru.scan_reference import state_dtype
+from runtime.native import NativeUnavailable, load_kernels
+from runtime.stderr import say
+
+SOURCE = Path(__file__).with_suffix(".c")
+_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+
+@functools.cache
+def kernels() -> CDLL | None:
+    """The compiled kernels; None where they cannot be had, which is said once."""
+    try:
+        library = load_kernels(SOURCE)
+    except NativeUnavailable as error:
+        say(f"warning: the recurrence runs without its C kernel, some four times slower: {error}")
+        return None
+    for suffix in _SUFFIXES.values():
+        getattr(library, f"scan_forward_{suffix}").argtypes = [c_void_p] * 5 + [c_int64] * 4
+        getattr(library, f"scan_backward_{suffix}").argtypes = [c_void_p] * 8 + [c_int64] * 4
+    library.scan_block.argtypes, library.scan_block.restype = [c_int64] * 3, c_int64
+    return library
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces
+def _available() -> bool:
+    return kernels() is not None
+
+
+def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See mingru.scan.scan; differentiable once."""
+    fits = projected_BT2E.device.type == "cpu" and projected_BT2E.dtype in _SUFFIXES
+    if not (fits and _available()):
+        return scan_tiled.scan(projected_BT2E, prev_hidden_BE, reset_BT)
+    return scan_forward(projected_BT2E, prev_hidden_BE, reset_BT)
+
+
+@torch.library.custom_op("gruboros::scan_native_forward", mutates_args=(), device_types="cpu")
+def scan_forward(
+    projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """h_BTE in the input's dtype and the last h_BE in float32."""
+    B, T, E2 = projected_BT2E.shape
+    projected_BT2E, first_BE, reset_BT = _ready(projected_BT2E), _state(prev_hidden_BE), _ready(reset_BT)
+    h_BTE = projected_BT2E.new_empty(B, T, E2 // 2)
+    last_BE = projected_BT2E.new_empty(B, E2 // 2, dtype=torch.float32)
+    _call("scan_forward", projected_BT2E, first_BE, reset_BT, h_BTE, last_BE, like=h_BTE)
+    return h_BTE, last_BE
+
+
+@torch.library.custom_op("gruboros::scan_native_backward", mutates_args=(), device_types="cpu")
+def scan_backward(
+    grad_BTE: Tensor,
+    grad_last_BE: Tensor,
+    projected_BT2E: Tensor,
+    h_BTE: Tensor,
+    prev_hidden_BE: Tensor | None,
+    reset_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of projected_BT2E, in its dtype, and of the previous hidden state, in float32."""
+    projected_BT2E, first_BE, reset_BT = _ready(projected_BT2E), _state(prev_hidden_BE), _ready(reset_BT)
+    grad_BTE, grad_last_BE = _ready(grad_BTE), _state(grad_last_BE)
+    grad_projected_BT2E, grad_first_BE = torch.empty_like(projected_BT2E), torch.empty_like(grad_last_BE)
+    _call(
+        "scan_backward", grad_BTE, grad_last_BE, projected_BT2E, h_BTE, first_BE, reset_BT, grad_projected_BT2E,
+        grad_first_BE, like=h_BTE,
+    )  # fmt: skip
+    return grad_projected_BT2E, grad_first_BE
+
+
+def _ready(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _state(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def _call(name: str, *tensors: Tensor | None, like: Tensor) -> None:
+    """Run a kernel over `tensors`, contiguous; like: the hidden states (B, T, E), whose shape and dtype it works in."""
+    library, (B, T, E) = kernels(), like.shape
+    block = library.scan_block(B, E, torch.get_num_threads())
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    getattr(library, f"{name}_{_SUFFIXES[like.dtype]}")(*addresses, B, T, E, block)
+
+
+@scan_forward.register_fake
+def _(projected_BT2E, prev_hidden_BE, reset_BT):
+    B, T, E2 = projected_BT2E.shape
+    last_BE = projected_BT2E.new_empty(B, E2 // 2, dtype=state_dtype(projected_BT2E))
+    return projected_BT2E.new_empty(B, T, E2 // 2), last_BE
+
+
+@scan_backward.register_fake
+def _(grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT):
+    return projected_BT2E.new_empty(projected_BT2E.shape), torch.empty_like(grad_last_BE)
+
+
+def _save(ctx, inputs, output) -> None:
+    projected_BT2E, prev_hidden_BE, reset_BT = inputs
+    ctx.save_for_backward(projected_BT2E, output[0], prev_hidden_BE, reset_BT)
+
+
+def _differentiate(ctx, grad_BTE, grad_last_BE):
+    projected_BT2E, h_BTE, prev_hidden_BE, reset_BT = ctx.saved_tensors
+    grad_projected_BT2E, grad_prev_BE = scan_backward(
+        grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT
+    )
+    return grad_projected_BT2E, None if prev_hidden_BE is None else grad_prev_BE.to(prev_hidden_BE.dtype), None
+
+
+scan_forward.register_autograd(_differentiate, setup_context=_save)

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 
 from gossip.state import Rule
 from training.options import OptimizerOptions
+from training.schedule_free import FusedAdamWScheduleFree
 
 
 class TrainedWeights(Protocol):
@@ -68,7 +68,7 @@ class ScheduleFreeWeights:
         self._parameters = dict(model.named_parameters())
         self._beta = options.sf_beta
         on_cpu = all(p.device.type == "cpu" for p in self._parameters.values())
-        self._optimizer = AdamWScheduleFree(
+        self._optimizer = FusedAdamWScheduleFree(
             _groups(self._parameters.values(), options.weight_decay),
             lr=options.lr,
             betas=(options.sf_beta, options.sf_beta2),

@@ -7,6 +7,9 @@
 #     RANKS=2 ./train.local.sh --data book.txt
 #     ./train.local.sh --resume runs/local_20260101_120000
 #
+# A rank that dies is restarted alone and goes on from its last save; a signal to stop ends that. At the end the status
+# is 0 only if every rank was done.
+#
 # Ctrl-C once: every rank saves and leaves, and the results are shown; twice: they leave at once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

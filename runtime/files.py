@@ -44,8 +44,40 @@ def atomic_write(path: Path, content: bytes | str, durable: bool = True) -> None
 
 def temporary_name(path: Path) -> Path:
     """A hidden name beside `path` that no other thread or process uses, on any host that shares the folder."""
-    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    writer = f"{_host_word()}.{os.getpid()}.{threading.get_ident()}"
     return path.with_name(f".{path.name}.{writer}{TEMPORARY_SUFFIX}")
+
+
+def stale_temporaries(folder: Path) -> list[Path]:
+    """What dead processes of this host left half-written in `folder` itself, sorted: nobody will ever rename it.
+
+    A file of another host is never listed, nor one whose writer's process id is in use, be it by another process.
+    Raises OSError where the folder cannot be read.
+    """
+    return sorted(path for path in Path(folder).iterdir() if _is_stale(path.name))
+
+
+def _is_stale(name: str) -> bool:
+    words = name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 3)
+    if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX) and len(words) == 4):
+        return False
+    _, host, process_id, thread = words
+    return host == _host_word() and process_id.isdecimal() and thread.isdecimal() and not _is_alive(int(process_id))
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except (ProcessLookupError, OverflowError):  # overflow: more than any process id
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _host_word() -> str:
+    # Without dots, so that the host `b` never takes the files of the host `a.b` for its own.
+    return socket.gethostname().replace(".", "+")
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,23 +1,29 @@
-"""Starts the ranks of this host as independent processes, passes signals on, and tells the truth about their ends.
+"""Starts the ranks of this host as independent processes, restarts those that die, and tells the truth in the end.
 
     python -m runtime.launch --ranks 4 -- train.py --data corpus.txt --output run
 
 Each rank is a process in a session of its own: Ctrl-C reaches it once, through the launcher, and nobody else's death
 reaches it at all. Rank 0 keeps the terminal; lines of the others come marked, and said once though all say them.
+
+A rank that dies, by its own fault or killed, is started again alone after a pause, but not after status 2 (a user's
+mistake) nor once the launcher was asked to stop. One that dies again and again is given up, and the others go on.
 """
 
 import collections
+import math
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import BinaryIO
 
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.errors import UserError
+from runtime.supervise import LONGEST_PAUSE, Lives, RestartPolicy
 
 # What the launcher is sent -> what each rank is sent. A closed terminal asks the ranks to save and leave.
 FORWARDED = {
@@ -51,57 +57,77 @@ class RepeatFilter:
 
 
 class Launcher:
-    """`ranks` processes of one command, watched from the main thread until the last has ended."""
+    """`ranks` processes of one command, watched from the main thread until none runs and none is to start again."""
 
-    def __init__(self, command: list[str], ranks: int, threads_per_rank: int) -> None:
+    def __init__(self, command: list[str], ranks: int, threads_per_rank: int, policy: RestartPolicy) -> None:
         self._command = command
-        self._ranks = ranks
         self._threads_per_rank = threads_per_rank
+        self._lives = [Lives(policy) for _ in range(ranks)]
         self._running: dict[int, subprocess.Popen] = {}
         self._relays: list[threading.Thread] = []
         self._errors = RepeatFilter()
-        self._statuses: list[int] = []  # of failed ranks, in the order of their ends
         # Signal handlers and waiting threads only put things here; the main thread alone acts on them.
         self._events: queue.SimpleQueue[signal.Signals | int] = queue.SimpleQueue()
 
     def run(self) -> int:
-        """Start all ranks, wait for their ends, and return the status to exit with.
+        """Start all ranks, keep them running until each has ended or was given up, and return the status to exit with.
 
-        0 if every rank exited with 0, 2 if any exited with 2, else that of the first to fail (128 + signal).
+        0 if every rank's last process exited with 0, 2 if any exited with 2, else that of the first rank to be lost
+        (128 + signal).
         """
         for number in FORWARDED:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
             signal.signal(number, lambda received, _: self._events.put(signal.Signals(received)))
-        for rank in range(self._ranks):
+        for rank in range(len(self._lives)):
             self._start(rank)
-        while self._running:
-            event = self._events.get()
+        while self._running or self._next_start() < math.inf:
+            try:
+                event = self._events.get(timeout=self._seconds_to_wait())
+            except queue.Empty:
+                self._start_due()
+                continue
             if isinstance(event, signal.Signals):
-                for process in self._running.values():
-                    os.kill(process.pid, FORWARDED[event])
+                self._forward(FORWARDED[event])
             else:
-                self._end(event)
+                self._reap(event)
         for relay in self._relays:
             relay.join(DRAIN_SECONDS)  # a process that a rank left behind may hold the pipe for ever
-        return exit_status(self._statuses)
+        in_order = sorted(self._lives, key=lambda lives: lives.ended)
+        return exit_status([lives.status for lives in in_order if lives.status != 0])
+
+    def _next_start(self) -> float:
+        return min((lives.due for lives in self._lives if lives.due is not None), default=math.inf)
+
+    def _seconds_to_wait(self) -> float | None:
+        seconds = self._next_start() - time.monotonic()
+        return None if seconds == math.inf else max(0.0, seconds)
+
+    def _start_due(self) -> None:
+        for rank, lives in enumerate(self._lives):
+            if lives.due is not None and lives.due <= time.monotonic():
+                self._start(rank)
 
     def _start(self, rank: int) -> None:
         pipe = None if rank == 0 else subprocess.PIPE
+        lives = self._lives[rank]
+        lives.begin()
+        told = rank_environment(rank, len(self._lives), self._threads_per_rank, lives.restarts)
         try:
             process = subprocess.Popen(
                 self._command,
-                env={**os.environ, **rank_environment(rank, self._ranks, self._threads_per_rank)},
+                env={**os.environ, **told},
                 stdin=subprocess.DEVNULL,
                 stdout=pipe,
                 stderr=pipe,
                 start_new_session=True,
             )
         except OSError as error:
-            self._fail(rank, f"could not be started: {error}", 126)
+            self._end(rank, 126, f"could not be started: {error}")
             return
         self._running[rank] = process
         threading.Thread(target=self._wait, args=(rank, process.pid), daemon=True).start()
+        self._relays = [relay for relay in self._relays if relay.is_alive()]
         for source, sink, news in ((process.stdout, 1, None), (process.stderr, 2, self._errors)):
             if source is not None:
                 relay = threading.Thread(target=_relay, args=(rank, source, sink, news), daemon=True)
@@ -113,16 +139,26 @@ class Launcher:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         self._events.put(rank)
 
-    def _end(self, rank: int) -> None:
-        status = self._running.pop(rank).wait()
-        if status > 0:
-            self._fail(rank, f"exited with status {status}", status)
-        elif status < 0:
-            self._fail(rank, f"was killed by {_signal_name(-status)}", 128 - status)
+    def _forward(self, number: signal.Signals) -> None:
+        for process in self._running.values():
+            os.kill(process.pid, number)
+        if number == signal.SIGUSR1:
+            return
+        for rank, lives in enumerate(self._lives):
+            if lives.stop():
+                _write(2, b"rank %d: restart cancelled, asked to stop\n" % rank)
 
-    def _fail(self, rank: int, how: str, status: int) -> None:
-        self._statuses.append(status)
-        _write(2, f"rank {rank} {how}\n".encode())
+    def _reap(self, rank: int) -> None:
+        status = self._running.pop(rank).wait()
+        if status >= 0:
+            self._end(rank, status, f"exited with status {status}")
+        else:
+            self._end(rank, 128 - status, f"was killed by {_signal_name(-status)}")
+
+    def _end(self, rank: int, status: int, how: str) -> None:
+        outlook = self._lives[rank].end(status)
+        if status != 0:
+            _write(2, f"rank {rank} {how}{outlook}\n".encode())
 
 
 def main(arguments: list[str]) -> int:
@@ -130,7 +166,7 @@ def main(arguments: list[str]) -> int:
     own, command = _split_at_dashes(arguments)
     parser = ArgumentParser(
         prog="python -m runtime.launch",
-        usage="%(prog)s --ranks N [--threads_per_rank N] -- SCRIPT.py [ARGUMENT ...]",
+        usage="%(prog)s --ranks N [OPTION ...] -- SCRIPT.py [ARGUMENT ...]",
         description=__doc__.splitlines()[0],
     )
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="processes to start on this host")
@@ -140,15 +176,43 @@ def main(arguments: list[str]) -> int:
         metavar="N",
         help="OMP_NUM_THREADS of each (default: OMP_NUM_THREADS if set, else cores / ranks)",
     )
+    parser.add_argument(
+        "--max_restarts",
+        type=int,
+        default=RestartPolicy.max_restarts,
+        metavar="N",
+        help="restarts in a row of a rank that dies, before it is given up; 0: none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--healthy_seconds",
+        type=float,
+        default=RestartPolicy.healthy_seconds,
+        metavar="N",
+        help="a process that ran for so long is not counted as in a row with those before (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--restart_seconds",
+        type=float,
+        default=RestartPolicy.restart_seconds,
+        metavar="N",
+        help=f"longest pause before a first restart, doubled at each up to {LONGEST_PAUSE:g} (default: %(default)g)",
+    )
     options = parser.parse_args(normalise_flags(own))
     threads = default_threads(options.ranks) if options.threads_per_rank is None else options.threads_per_rank
-    for name, value in (("--ranks", options.ranks), ("--threads_per_rank", threads)):
-        if value < 1:
-            raise UserError(f"expected {name} of at least 1, got {value}: raise it")
+    policy = RestartPolicy(options.max_restarts, options.healthy_seconds, options.restart_seconds)
+    for name, value, least in (
+        ("--ranks", options.ranks, 1),
+        ("--threads_per_rank", threads, 1),
+        ("--max_restarts", policy.max_restarts, 0),
+        ("--healthy_seconds", policy.healthy_seconds, 0),
+        ("--restart_seconds", policy.restart_seconds, 0),
+    ):
+        if not value >= least:  # so that NaN fails too
+            raise UserError(f"expected {name} of at least {least}, got {value}: raise it")
     if not command or not Path(command[0]).is_file():
         got = repr(command[0]) if command else "nothing"
         raise UserError(f"expected a Python script after --, got {got}: check the path")
-    return Launcher([sys.executable, *command], options.ranks, threads).run()
+    return Launcher([sys.executable, *command], options.ranks, threads, policy).run()
 
 
 def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -172,19 +236,23 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def rank_environment(rank: int, ranks: int, threads_per_rank: int) -> dict[str, str]:
-    """What tells a process who it is, in torchrun's names, when all ranks are on this host."""
+def rank_environment(rank: int, ranks: int, threads_per_rank: int, restarts: int = 0) -> dict[str, str]:
+    """What tells a process who it is, in torchrun's names, when all ranks are on this host.
+
+    restarts: processes of this rank before it.
+    """
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
+        "TORCHELASTIC_RESTART_COUNT": str(restarts),
         "OMP_NUM_THREADS": str(threads_per_rank),
     }
 
 
 def exit_status(failures: list[int]) -> int:
-    """One status for all, from those of the failed ranks in the order of their ends."""
+    """One status for all, from those of the lost ranks in the order of their ends."""
     return 2 if 2 in failures else next(iter(failures), 0)
 
 

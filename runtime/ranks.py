@@ -9,6 +9,7 @@ _SOURCES = (
     ("environment", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
     ("slurm", ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")),
 )
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Identity:
     """One process of the population.
 
     rank: 0 ... world_size-1 in the population; local_rank: 0 ... on this host, which picks the device;
-    local_world_size: processes on this host; source: who said so, "environment" (torchrun's names), "slurm" or "alone".
+    local_world_size: processes on this host; source: who said so, "environment" (torchrun's names), "slurm" or "alone";
+    restarts: how often it was started before, by its launcher or with its Slurm job.
     """
 
     rank: int
@@ -24,15 +26,18 @@ class Identity:
     world_size: int
     local_world_size: int
     source: str
+    restarts: int = 0
 
 
 def identity_from_environment(environment: Mapping[str, str]) -> Identity:
     """RANK / LOCAL_RANK / WORLD_SIZE, else SLURM_PROCID / SLURM_LOCALID / SLURM_NPROCS, else 0 / 0 / 1.
 
+    Restarts are the sum of TORCHELASTIC_RESTART_COUNT and SLURM_RESTART_COUNT (of the whole job), each 0 if absent.
     LOCAL_WORLD_SIZE may be absent: then a world with LOCAL_RANK == RANK everywhere cannot be told from several
     hosts, and 1 is assumed for a population of one, 0 ("not known") otherwise.
     Raises UserError for a value that is no number, or a rank outside its world.
     """
+    restarts = sum(_number(environment, name) for name in _RESTART_COUNTS if name in environment)
     for source, (rank_name, world_name, local_name, local_world_name) in _SOURCES:
         if rank_name not in environment:
             continue
@@ -46,8 +51,8 @@ def identity_from_environment(environment: Mapping[str, str]) -> Identity:
                 f"expected 0 <= {rank_name} < {world_name} and {local_name} >= 0, "
                 f"got {rank_name}={rank} {world_name}={world_size} {local_name}={local_rank}: mend the launcher"
             )
-        return Identity(rank, local_rank, world_size, local_world_size, source)
-    return Identity(rank=0, local_rank=0, world_size=1, local_world_size=1, source="alone")
+        return Identity(rank, local_rank, world_size, local_world_size, source, restarts)
+    return Identity(rank=0, local_rank=0, world_size=1, local_world_size=1, source="alone", restarts=restarts)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

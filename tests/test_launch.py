@@ -3,52 +3,18 @@ import pty
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from runtime.launch import RepeatFilter, default_threads, exit_status, rank_environment, usable_cores
-
-ROOT = Path(__file__).parent.parent
-
-# A rank that says each signal it gets, and leaves with status 0 after as many of them as its argument says.
-LISTENER = """
-import os, signal, sys
-signal.alarm(20)  # no orphan outlives a failed test
-numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-say = lambda line: os.write(1, f"{line}\\n".encode())  # whole lines: rank 0 shares its pipe with the launcher
-say("ready")
-for _ in range(int(sys.argv[1])):
-    say(signal.Signals(signal.sigwait(numbers)).name)
-say(f"pending {len(signal.sigpending() & set(numbers))}")
-"""
+from tests.launch_helpers import LISTENER, ROOT, expect_lines, launcher
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """Starts the launcher on a script of the test's own; returns the process with its two streams."""
-    started = []
-
-    def start(source, *arguments, ranks=2, options=(), stdin=subprocess.DEVNULL, **extra):
-        script = tmp_path / "script.py"
-        script.write_text(source)
-        command = [sys.executable, "-m", "runtime.launch", "--ranks", str(ranks), *options, "--", str(script)]
-        streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **extra}
-        process = subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, text=True, **streams)
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def expect_lines(process, *lines):
-    """Read as many lines of standard output, in any order; they must be these."""
-    assert sorted(process.stdout.readline().rstrip("\n") for _ in lines) == sorted(lines)
+    """Starts the launcher on a script of the test's own, without restarts: those have test_restart.py."""
+    with launcher(tmp_path) as start:
+        yield lambda *words, options=(), **extra: start(*words, options=["--max_restarts", "0", *options], **extra)
 
 
 WHO = """
@@ -82,7 +48,8 @@ def test_default_threads_shares_the_cores(monkeypatch):
 def test_rank_environment_is_understood_by_ranks():
     from runtime.ranks import Identity, identity_from_environment
 
-    assert identity_from_environment(rank_environment(2, 4, 1)) == Identity(2, 2, 4, 4, "environment")
+    assert identity_from_environment(rank_environment(2, 4, 1)) == Identity(2, 2, 4, 4, "environment", restarts=0)
+    assert identity_from_environment(rank_environment(2, 4, 1, restarts=3)).restarts == 3
 
 
 @pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
@@ -170,7 +137,10 @@ def test_exit_status_is_of_the_first_to_fail_unless_a_user_erred(failures, statu
 def test_launch_says_how_each_rank_failed_and_exits_with_2_if_any_did(launch):
     process = launch("import os; os._exit([0, 7, 2][int(os.environ['RANK'])])", ranks=3)
     _, errors = process.communicate()
-    assert sorted(errors.splitlines()) == ["rank 1 exited with status 7", "rank 2 exited with status 2"]
+    assert sorted(errors.splitlines()) == [
+        "rank 1 exited with status 7",
+        "rank 2 exited with status 2: not restarted, since that would not help",
+    ]
     assert process.returncode == 2
 
 
@@ -219,11 +189,13 @@ if os.environ["RANK"] == "1":
     [
         (["--ranks", "0", "--", __file__], "--ranks of at least 1, got 0"),
         (["--ranks", "2", "--threads_per_rank", "0", "--", __file__], "--threads_per_rank of at least 1, got 0"),
+        (["--ranks", "2", "--max_restarts", "-1", "--", __file__], "--max_restarts of at least 0, got -1"),
+        (["--ranks", "2", "--restart_seconds", "nan", "--", __file__], "--restart_seconds of at least 0, got nan"),
         (["--ranks", "2", "--", "absent.py"], "script after --, got 'absent.py'"),
         (["--ranks", "2"], "script after --, got nothing"),
         ([], "required: --ranks"),
     ],
-    ids=["no-ranks", "no-threads", "no-file", "no-script", "nothing"],
+    ids=["no-ranks", "no-threads", "no-restarts", "no-pause", "no-file", "no-script", "nothing"],
 )
 def test_launch_refuses_bad_input_with_status_2(arguments, said):
     command = [sys.executable, "-m", "runtime.launch", *arguments]

@@ -1,6 +1,8 @@
 import errno
 import os
+import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 
 from runtime.devices import choose_device, device_memory_bytes
 from runtime.errors import UserError
-from runtime.files import atomic_write, atomic_writer, replace_symlink, temporary_name
+from runtime.files import atomic_write, atomic_writer, replace_symlink, stale_temporaries, temporary_name
 from runtime.ranks import Identity, identity_from_environment
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +95,59 @@ def test_replace_symlink_takes_over_what_a_dead_process_left(tmp_path):
     assert os.readlink(tmp_path / "best.pt") == "first.pt"
 
 
+# A process that goes away in the middle of a write.
+HALF_A_WRITE = """
+import os, sys
+from pathlib import Path
+from runtime.files import atomic_writer, temporary_name
+with atomic_writer(Path(sys.argv[1]) / "state.pt") as file:
+    temporary_name(Path(sys.argv[1]) / "link").symlink_to("nowhere")
+    os._exit(0)
+"""
+
+
+@pytest.fixture
+def half_written(tmp_path):
+    """A folder with what a dead process left there: a file and a symlink."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    subprocess.run([sys.executable, "-c", HALF_A_WRITE, str(folder)], cwd=ROOT, check=True)
+    return folder
+
+
+def test_stale_temporaries_are_what_a_dead_process_of_this_host_left(half_written):
+    left = sorted(half_written.iterdir())
+    assert len(left) == 2
+    (half_written / "state.pt").write_text("whole")
+    (half_written / ".hidden.tmp").write_text("a user's")
+    with atomic_writer(half_written / "mine"):  # by a live process
+        assert stale_temporaries(half_written) == left
+
+
+@pytest.mark.parametrize("host", ["else", "a.{here}", "{here}.b", "{here}0"])
+def test_stale_temporaries_leave_those_of_other_hosts(half_written, monkeypatch, host):
+    here = socket.gethostname()
+    monkeypatch.setattr(socket, "gethostname", lambda: host.format(here=here))
+    assert stale_temporaries(half_written) == []
+    other = [temporary_name(half_written / "state.pt"), temporary_name(half_written / "a.b.pt")]
+    dead = re.search(r"\.(\d+)\.\d+\.tmp$", min(half_written.iterdir()).name)[1]
+    other = [path.with_name(path.name.replace(f".{os.getpid()}.", f".{dead}.")) for path in other]
+    for path in other:
+        path.touch()
+    assert stale_temporaries(half_written) == sorted(other)
+    monkeypatch.undo()
+    assert len(stale_temporaries(half_written)) == 2 and not set(stale_temporaries(half_written)) & set(other)
+
+
+@pytest.mark.parametrize(
+    "process_id, listed", [("1", False), (str(10**30), True), ("", False), ("x", False), ("-1", False)]
+)
+def test_stale_temporaries_tell_the_living_from_the_dead_by_their_number(tmp_path, process_id, listed):
+    named = temporary_name(tmp_path / "state.pt").name.replace(f".{os.getpid()}.", f".{process_id}.")
+    (tmp_path / named).touch()
+    assert stale_temporaries(tmp_path) == ([tmp_path / named] if listed else [])
+
+
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "9", "SLURM_NPROCS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "8"}
 
@@ -101,6 +156,12 @@ SLURM = {"SLURM_PROCID": "9", "SLURM_NPROCS": "16", "SLURM_LOCALID": "1", "SLURM
     "environment, identity",
     [
         ({}, Identity(0, 0, 1, 1, "alone")),
+        ({"SLURM_RESTART_COUNT": "2"}, Identity(0, 0, 1, 1, "alone", restarts=2)),
+        ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "0"}, Identity(5, 1, 8, 4, "environment")),
+        (
+            {**SLURM, **TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "3", "SLURM_RESTART_COUNT": "1"},
+            Identity(5, 1, 8, 4, "environment", restarts=4),
+        ),
         (TORCHRUN, Identity(5, 1, 8, 4, "environment")),
         (SLURM, Identity(9, 1, 16, 8, "slurm")),
         ({**SLURM, **TORCHRUN}, Identity(5, 1, 8, 4, "environment")),
@@ -108,7 +169,18 @@ SLURM = {"SLURM_PROCID": "9", "SLURM_NPROCS": "16", "SLURM_LOCALID": "1", "SLURM
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Identity(1, 0, 2, 0, "environment")),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Identity(0, 0, 1, 1, "environment")),
     ],
-    ids=["alone", "environment", "slurm", "torchrun-in-slurm", "uneven-nodes", "unknown-host", "one"],
+    ids=[
+        "alone",
+        "requeued",
+        "first-start",
+        "restarted-and-requeued",
+        "environment",
+        "slurm",
+        "torchrun-in-slurm",
+        "uneven-nodes",
+        "unknown-host",
+        "one",
+    ],
 )
 def test_identity_comes_from_the_environment(environment, identity):
     assert identity_from_environment(environment) == identity
@@ -122,8 +194,9 @@ def test_identity_comes_from_the_environment(environment, identity):
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE, got 'many'"),
         ({"LOCAL_RANK": None}, "expected LOCAL_RANK"),
+        ({"TORCHELASTIC_RESTART_COUNT": "often"}, "TORCHELASTIC_RESTART_COUNT, got 'often'"),
     ],
-    ids=["outside", "negative", "negative-local", "no-number", "absent"],
+    ids=["outside", "negative", "negative-local", "no-number", "absent", "restarts"],
 )
 def test_identity_refuses_what_no_launcher_means(change, said):
     environment = {name: value for name, value in {**TORCHRUN, **change}.items() if value is not None}

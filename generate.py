@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mingru.decoder import Decoder
 from mingru.minLM import MinLM, MinLMState
 from mingru.sampling import SamplingOptions, sample
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
@@ -154,10 +155,13 @@ def decode(
     delimiter: int | None,
 ) -> Iterator[bytes]:
     """Yield `length` times the next byte of every lane; memory does not grow. generator: a CPU one."""
+    decoder = Decoder(model) if Decoder.fits(model, len(logits_BV)) else None
     for left in range(length - 1, -1, -1):
         ids_B = sample(logits_BV.float().cpu(), options, generator)
         yield bytes(ids_B.tolist())
-        if left:
+        if left and decoder:
+            logits_BV, state = decoder.step(ids_B, state, None if delimiter is None else ids_B == delimiter)
+        elif left:
             logits_B1V, state = _advance(model, ids_B.unsqueeze(1), state, delimiter)
             logits_BV = logits_B1V[:, 0]
 

@@ -25,16 +25,18 @@ from runtime.ranks import identity_from_environment
 from runtime.signals import SignalFlags
 from runtime.stderr import say
 from training import setup
-from training.checkpoint import build_model
+from training.checkpoint import build_model, checkpoint_bytes
+from training.checkpoint_writer import CheckpointWriter
 from training.data import LaneReader
 from training.loop import Parts, Trainer
 from training.memory import check_memory, estimate_memory
 from training.metrics import MetricsFile, Progress, RunLog
 from training.optimizer import build_optimizer
 from training.options import parse_arguments
+from training.probe import Probe
 from training.recovery import TrainingDiverged
 from training.resume import restore
-from training.retention import RetentionPolicy, retire_later, tidy
+from training.retention import RetentionPolicy, disk_use, remove_leftovers, retire_later, tidy
 
 
 def main(arguments: list[str]) -> int:
@@ -44,11 +46,11 @@ def main(arguments: list[str]) -> int:
     identity = identity_from_environment(os.environ)
     is_first = identity.rank == 0
     setup.check_environment()
-    options, run = setup.choose_run(given, identity)
+    options, run, goes_on = setup.choose_run(given, identity)
     population = setup.gossip_config(options)
     device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
-    held = run.lock() if options.run.resume else None
-    resumed = setup.read_resumed(run, identity) if options.run.resume else None
+    held = run.lock() if goes_on else None
+    resumed = setup.read_resumed(run, identity) if goes_on else None
     config = setup.choose_model(options, given, resumed)
     setup.resolve_model(options, config)
     parameters = parameter_count(config)
@@ -66,9 +68,10 @@ def main(arguments: list[str]) -> int:
     listener = setup.open_listener(options, identity)
     log = RunLog(run.log, echo=is_first and not sys.stderr.isatty())
 
-    if not resumed:
+    if not goes_on:
         run.claim(identity)
         held = run.lock()
+    remove_leftovers(run.path, identity.rank)
     if is_first or (identity.local_rank == 0 and not options.population.filesystem_coordinator):
         run.write_config(options, config, parameters, identity, str(device))  # once a run, or a host, as folders go
     events = EventLog(run.event_log, identity.rank)
@@ -78,27 +81,35 @@ def main(arguments: list[str]) -> int:
     def tidy_run() -> None:
         tidy(run.path, policy, archive_dice)
 
+    probe = Probe(model, weights, held_out, training_region, options.data, device)
     node = EvolutionaryNode(
         identity=identity, run_id=setup.run_identity(run), run_dir=run.path, listener=listener, schema=schema,
         live=weights.tensors(), scalars=weights.scalars, config=population, event_log=events,
         seed=options.optimizer.seed, leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
+        judge=probe.loss,
     )  # fmt: skip
     trainer = Trainer(
         Parts(
             options=options, run=run, device=device, model=model, weights=weights, schema=schema, lanes=lanes,
-            held_out=held_out, node=node, tracker=FitnessTracker(options.population.gossip_fitness_decay),
-            signals=signals, metrics=MetricsFile(run.metrics), log=log, events=events, tidy=tidy_run,
+            held_out=held_out, probe=probe, node=node,
+            writer=CheckpointWriter(run.path, identity.rank, config, weights, schema, tidy_run),
+            tracker=FitnessTracker(options.population.gossip_fitness_decay), signals=signals,
+            metrics=MetricsFile(run.metrics), log=log, events=events,
             initial_weights=lambda: setup.initial_weights(options, config, None),
         )
     )  # fmt: skip
     if resumed:
-        retire_later(run.path, identity.rank, resumed.file.step)
         restore(trainer, resumed.content["training"], moves=resumed.moves)
-        trainer.parts.metrics.rewind(resumed.file.step)
+    retire_later(run.path, identity.rank, trainer.totals.step)
+    trainer.parts.metrics.rewind(trainer.totals.step)
     log.line(
         f"rank {identity.rank} of {identity.world_size} ({identity.source}) on {device}: {parameters:,} parameters "
         f"(dim {config.dim}, depth {config.depth}), {memory}; {len(training_region):,} bytes to train on"
         + (f"; resumed {resumed.file.path.name}" if resumed else ""),
+        echo=is_first,
+    )
+    log.line(
+        disk_use(run.path, policy, checkpoint_bytes(schema, parameters, trainer.state), identity.world_size),
         echo=is_first,
     )
     if (resumed and resumed.file.rank != identity.rank) or (not resumed and options.run.init_from):
@@ -108,8 +119,10 @@ def main(arguments: list[str]) -> int:
     progress = None
     if is_first and sys.stderr.isatty():
         progress = Progress(trainer.totals.step, options.run.train_steps, deadline)
-    node.start()
     try:
+        node.start()
+        if identity.restarts and not trainer.totals.lineage:
+            node.seek()  # the others have trained since
         trainer.run(math.inf if deadline is None else deadline, progress)
     except TrainingDiverged as error:
         say(f"error: rank {identity.rank}: {error}")
@@ -121,7 +134,7 @@ def main(arguments: list[str]) -> int:
         if progress:
             progress.close()
         node.close()
-        trainer.tidy_up()
+        trainer.finish_save()
         events.close()
         log.close()
         held.close()

@@ -24,8 +24,8 @@ from training.metrics import MISSING, bits
 REFRESH_SECONDS = 2.0
 WIDTH_OF_A_FILE = 120  # columns; there is no screen whose edge would cut a long number
 TAIL_BYTES = 64 * 1024
-CAPTION = "bits, nats: best moving average of the loss, per byte; held-out: newest, in bits per byte"
-COUNTS = ("won", "lost", "tied", "failed", "busy")
+CAPTION = "bits, nats: best moving average of the loss, per byte; held-out: newest, in bits; undone: rolled back"
+COUNTS = {"won": "won", "lost": "lost", "rolled_back": "undone", "tied": "tied", "failed": "failed", "busy": "busy"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> None:
 def make_table(run_dir: Path, rows: list[Row]) -> Table:
     """The table of all ranks; the best loss stands out."""
     table = Table(title=str(run_dir), caption=CAPTION, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in ("rank", "state", "bits", "nats", "held-out", "step", "kB/s", *COUNTS):
+    for heading in ("rank", "state", "bits", "nats", "held-out", "step", "kB/s", *COUNTS.values()):
         table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
     best = min((row.best for row in rows if row.best is not None), default=None)
     for row in rows:

@@ -23,7 +23,7 @@ from gossip.handshake import authenticate, run_key
 from gossip.merge import merge
 from gossip.network_utils import listen
 from gossip.protocol import Hello
-from gossip.state import Rule, Schema, Snapshot, StateBuffer, payload_fault
+from gossip.state import Rule, Schema, Snapshot, StateBuffer, payload_fault, weight_energy
 from gossip.wire import Channel, Wire
 from runtime.ranks import Identity
 
@@ -43,14 +43,17 @@ class BenchParty:
         self.send_buffer = self.receive_buffer = StateBuffer(schema)
         self.rank = rank
 
-    def hello(self) -> Hello:
-        return Hello("bench", self.schema.hash, self.rank, f"{self.rank:032x}", 0, 0, float(self.rank))
+    def hello(self, theirs: Hello | None) -> Hello:
+        return Hello("bench", self.schema.hash, self.rank, f"{self.rank:032x}", 0, 0, 0, float(self.rank), True)
+
+    def distrusts(self, theirs: Hello) -> bool:
+        return False
 
     def claim(self) -> bool:
         return True
 
     async def snapshot(self, generation: int) -> Snapshot:
-        return Snapshot(self.send_buffer, 0, generation, {"k": 0.0})
+        return Snapshot(self.send_buffer, 0, generation, 0, {"k": 0.0})
 
 
 def make_state(megabytes: int) -> tuple[dict[str, torch.Tensor], Schema]:
@@ -143,6 +146,7 @@ def measure_parts(live: dict, schema: Schema, repeats: int) -> None:
     parts = {
         "digest": lambda: blake3(own.bytes).digest(),
         "checks": lambda: [payload_fault(schema, 0, own.bytes)],
+        "norm": lambda: [weight_energy(schema, 0, own.bytes)],
         "snapshot (training waits)": lambda: own.copy_from(live),
         "merge (training waits)": lambda: merge(live, schema, peer.views, own.views, "recombination", 0.5),
     }
@@ -156,7 +160,7 @@ def measure_parts(live: dict, schema: Schema, repeats: int) -> None:
         )  # fmt: skip
         node.start()
         steps = 100_000
-        seconds = median_seconds(lambda: [node.step_boundary(step, 1.0, {}) for step in range(steps)], 5)
+        seconds = median_seconds(lambda: [node.step_boundary(step, step, 1.0, {}) for step in range(steps)], 5)
         node.close()
     print(f"step boundary, nothing waits {seconds / steps * 1e6:8.2f} us")
 

@@ -20,14 +20,15 @@ COLUMNS = (
     "message",
 )
 MISSING = "NA"
+PATIENCE_SECONDS = 2.0  # for another thread's line, which a hung filesystem may hold for ever
 
 
 class EventLog:
-    """Appends events to the TSV file `path`; any thread may write, and a full disk never stops training.
+    """Appends events to the TSV file `path`; any thread may write, and neither a full nor a hung disk stops training.
 
     The file is made with its folders and a header, or continued where it exists. The constructor raises OSError
     where that cannot be done; later errors are reported once on standard error and counted in `lost`, and the
-    next event tries again.
+    next event tries again. Where the disk hangs, one thread hangs with it: the others lose their events.
     """
 
     def __init__(self, path: Path, rank: int) -> None:
@@ -61,18 +62,24 @@ class EventLog:
             MISSING if milliseconds is None else f"{milliseconds:.1f}",
             _text(message),
         )
-        with self._lock:
-            try:
-                if self._descriptor is None:
-                    self._descriptor = self._open()
-                _append(self._descriptor, "\t".join(fields) + "\n")
-            except OSError as error:
-                self._lose(error)
+        if not self._lock.acquire(timeout=PATIENCE_SECONDS):
+            self._lose("another event is still being written")
+            return
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._open()
+            _append(self._descriptor, "\t".join(fields) + "\n")
+        except OSError as error:
+            self._abandon()  # what the failed write left of its line is ended by the next _open
+            self._lose(str(error))
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
-        """Close the file; a later write opens it again."""
-        with self._lock:
+        """Close the file, unless an event is still being written; a later write opens it again."""
+        if self._lock.acquire(timeout=PATIENCE_SECONDS):
             self._abandon()
+            self._lock.release()
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,17 +95,19 @@ class EventLog:
             raise
         return descriptor
 
-    def _lose(self, error: OSError) -> None:
-        # What the failed write left of its line is ended by the next _open.
-        self._abandon()
+    def _lose(self, reason: str) -> None:
         self.lost += 1
         if self.lost == 1:
-            say(f"gossip events of rank {self.rank} are being lost: {error}")
+            say(f"gossip events of rank {self.rank} are being lost: {reason}")
 
     def _abandon(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
+        if descriptor is None:
+            return
+        try:
             os.close(descriptor)
+        except OSError as error:  # a network filesystem says here what became of earlier writes
+            self._lose(str(error))
 
 
 def _append(descriptor: int, line: str) -> None:

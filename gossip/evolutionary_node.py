@@ -6,12 +6,10 @@ import os
 import random
 import secrets
 import socket
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gossip.event_log import EventLog
@@ -19,11 +17,12 @@ from gossip.faults import Fault, ProtocolError
 from gossip.filesystem_coordinator import FilesystemCoordinator, Roster
 from gossip.handshake import run_key
 from gossip.heartbeat import Heartbeat
+from gossip.intake import Intake, MergeReport
 from gossip.ledger import Counters, Ledger
-from gossip.merge import merge
 from gossip.network_utils import join_address, parse_peer
-from gossip.protocol import MERGE_METHODS, Flow, Hello
-from gossip.snapshot_desk import Delivery, SnapshotDesk
+from gossip.protocol import MERGE_METHODS, Hello
+from gossip.reputation import Reputation
+from gossip.snapshot_desk import SnapshotDesk
 from gossip.state import Schema
 from gossip.switchboard import Switchboard
 from runtime.errors import UserError
@@ -39,7 +38,8 @@ class GossipConfig:
     mixing_rate: chance of a call at each step; merge_method: one of MERGE_METHODS; recombination_alpha: share of a
     fitter peer, 0 to 1; peers: "host:port" to call beside those in the registry; filesystem_coordinator: keep the
     registry in the run directory; *_seconds: between heartbeats, of silence after which a rank counts as dead, and for
-    a whole exchange.
+    a whole exchange; rollback_tolerance: a merge that makes the judge's loss worse by more (nats per byte) is undone,
+    None: none is.
     """
 
     mixing_rate: float = 0.01
@@ -50,6 +50,7 @@ class GossipConfig:
     heartbeat_seconds: float = 2.0
     liveness_seconds: float = 20.0
     exchange_seconds: float = 60.0
+    rollback_tolerance: float | None = 0.1
 
     def __post_init__(self) -> None:
         for name in ("mixing_rate", "recombination_alpha"):
@@ -63,24 +64,12 @@ class GossipConfig:
                 f"expected liveness_seconds above heartbeat_seconds, got {self.liveness_seconds} and "
                 f"{self.heartbeat_seconds}: allow for several heartbeats"
             )
+        if self.rollback_tolerance is not None and not self.rollback_tolerance >= 0:
+            raise UserError(f"expected rollback_tolerance from 0, got {self.rollback_tolerance}: choose nats per byte")
         if self.merge_method not in MERGE_METHODS:
             raise UserError(f"expected one of {', '.join(MERGE_METHODS)}, got {self.merge_method!r}: choose one")
         for peer in self.peers:
             parse_peer(peer)
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """A merge that was just applied to the live weights; peer_scalars: the peer's optimizer scalars, which come along
-    in a clone; seconds: how long it held up training."""
-
-    exchange_id: str
-    peer_rank: int
-    peer_step: int
-    peer_scalars: dict[str, float]
-    method: str
-    clonal: bool
-    seconds: float
 
 
 class EvolutionaryNode:
@@ -89,7 +78,8 @@ class EvolutionaryNode:
     run_dir: holds the registry (None: only without the filesystem coordinator); listener: see network_utils.listen(),
     closed by close(); live: the training tensors by the schema's names, contiguous and written in place; scalars: the
     optimizer's numbers, called at step boundaries; leader_duty: called on the coordinator thread after a beat when
-    leading; secret: the run's, see run_secret().
+    leading; secret: the run's, see run_secret(); judge: loss in nats per byte of the live weights on bytes that are the
+    same each time, by which a merge that does harm is known (None: none is judged).
     """
 
     def __init__(
@@ -106,6 +96,7 @@ class EvolutionaryNode:
         seed: int,
         leader_duty: Callable[[Roster], None] | None,
         secret: bytes,
+        judge: Callable[[], float] | None = None,
     ) -> None:
         assert not config.filesystem_coordinator or run_dir is not None
         self.incarnation = secrets.token_hex(16)
@@ -118,13 +109,17 @@ class EvolutionaryNode:
         self._live = live
         self._config = config
         self._leader_duty = leader_duty
+        self._judge = judge
         self._key = run_key(secret, run_id)
         self._ledger = Ledger(event_log)
         self._desk = SnapshotDesk(schema, live, scalars)
         self._dice = random.Random(f"dice {seed} {identity.rank}")
         self._peer_dice = random.Random(f"peers {seed} {identity.rank}")  # the network thread's
         self._peers = config.peers
+        self._reputation = Reputation()
+        self._seeking = False
         self._switchboard: Switchboard | None = None
+        self._intake: Intake | None = None
         self._heartbeat: Heartbeat | None = None
 
     def start(self) -> None:
@@ -144,8 +139,21 @@ class EvolutionaryNode:
             ledger=self._ledger,
             seconds=config.exchange_seconds,
             say_hello=self._hello,
+            distrusts=self._distrusts,
             choose_peer=self._choose_peer,
             on_self=self._forget_peer,
+            on_end_well=self._found,
+        )
+        self._intake = Intake(
+            desk=self._desk,
+            live=self._live,
+            method=config.merge_method,
+            alpha=config.recombination_alpha,
+            judge=self._judge,
+            tolerance=config.rollback_tolerance,
+            reputation=self._reputation,
+            ledger=self._ledger,
+            switchboard=self._switchboard,
         )
         self._switchboard.start()
         if coordinator is not None:
@@ -167,24 +175,30 @@ class EvolutionaryNode:
                 self._ledger.fail(delivery.talk, ProtocolError(Fault.CLOSING, "before the merge"))
         self._listener.close()
 
-    def step_boundary(self, step: int, fitness: float | None, status: dict) -> MergeReport | None:
+    def step_boundary(self, step: int, lineage: int, fitness: float | None, status: dict) -> MergeReport | None:
         """Between two optimizer steps: publish, serve a snapshot, merge what has arrived, perhaps call a peer.
 
-        fitness: loss of the live weights in nats per byte, None while unknown; status: JSON values for the registry.
-        Returns what was merged, if anything: the weights are others then, and their fitness is unknown. Raises what
-        ended a gossip thread, should that ever happen.
+        lineage: optimizer steps behind the live weights, own or inherited; fitness: their loss in nats per byte, None
+        while unknown; status: JSON values for the registry. Returns what was merged, if anything was and was kept: the
+        weights are others then, and their fitness is unknown. Raises what ended a gossip thread, should that ever
+        happen.
         """
         desk, report = self._desk, None
-        desk.publish(step, fitness, status)
+        desk.publish(step, lineage, fitness, status)
         self._raise_error()
         if desk.waiting:
             desk.serve()
             delivery = desk.take_delivery()
             if delivery is not None:
-                report = self._merge(delivery)
-        if self._dice.random() < self._config.mixing_rate:
+                report = self._intake.apply(delivery)
+        lucky = self._dice.random() < self._config.mixing_rate
+        if lucky or self._seeking:
             self._switchboard.ring()
         return report
+
+    def seek(self) -> None:
+        """Call a peer at every step boundary until a conversation, of either end's calling, has ended well."""
+        self._seeking = True
 
     def before_write(self) -> None:
         """Before the weights are written: on a GPU, let the current stream wait for a snapshot's copy in flight."""
@@ -196,7 +210,7 @@ class EvolutionaryNode:
         self._desk.weights_changed()
         delivery = self._desk.take_delivery()
         if delivery is not None:
-            self._drop(delivery, ProtocolError(Fault.WEIGHTS_CHANGED, "before the merge"))
+            self._intake.drop(delivery, ProtocolError(Fault.WEIGHTS_CHANGED, "before the merge"))
 
     @property
     def engaged(self) -> bool:
@@ -213,54 +227,14 @@ class EvolutionaryNode:
         """The population as of the newest heartbeat; None before the first, or without the coordinator."""
         return self._heartbeat.roster if self._heartbeat is not None else None
 
-    def _merge(self, delivery: Delivery) -> MergeReport | None:
-        talk, outcome = delivery.talk, delivery.outcome
-        if outcome.mine.generation != self._desk.published.generation:
-            self._drop(delivery, ProtocolError(Fault.WEIGHTS_CHANGED, "before the merge"))
-            return None
-        began, config = time.perf_counter(), self._config
-        self._desk.before_write()
-        try:
-            merge(
-                self._live,
-                self._schema,
-                outcome.received.buffer.views,
-                outcome.own.buffer.views if outcome.own is not None else None,
-                config.merge_method,
-                config.recombination_alpha,
-            )
-        except torch.OutOfMemoryError as error:  # the weights are as they were, and training can go on
-            self._drop(delivery, ProtocolError(Fault.OUT_OF_MEMORY, str(error).partition("\n")[0]))
-            return None
-        self._desk.weights_changed()
-        seconds = time.perf_counter() - began
-        both = outcome.decision.flow is Flow.BOTH
-        self._ledger.count_ended(talk, "won" if outcome.won else "lost")
-        message = f"{outcome.decision.reason}, step {outcome.received.step}, merged in {seconds * 1000:.1f} ms"
-        self._switchboard.post(self._ledger.write, talk, "averaged" if both else "merged", message)
-        self._switchboard.release()
-        return MergeReport(
-            exchange_id=talk.exchange_id,
-            peer_rank=outcome.theirs.rank,
-            peer_step=outcome.received.step,
-            peer_scalars=outcome.received.scalars,
-            method=config.merge_method,
-            clonal=config.merge_method == "clonal",
-            seconds=seconds,
-        )
-
-    def _drop(self, delivery: Delivery, error: ProtocolError) -> None:
-        self._ledger.count_ended(delivery.talk, "failed")
-        self._switchboard.post(self._ledger.write, delivery.talk, "failed", str(error))
-        self._switchboard.release()
-
     def _raise_error(self) -> None:
         for part in (self._switchboard, self._heartbeat):
             if part is not None and part.error is not None:
                 raise part.error
 
-    def _hello(self) -> Hello:
+    def _hello(self, address: str, theirs: Hello | None) -> Hello:
         published = self._desk.published
+        incarnation = theirs.incarnation if theirs is not None else self._registered_at(address)
         return Hello(
             run_id=self._run_id,
             schema_hash=self._schema.hash,
@@ -268,8 +242,21 @@ class EvolutionaryNode:
             incarnation=self.incarnation,
             step=published.step,
             generation=published.generation,
+            lineage=published.lineage,
             fitness=published.fitness,
+            accepts=incarnation is None or not self._reputation.distrusts(incarnation),
         )
+
+    def _registered_at(self, address: str) -> str | None:
+        """The process that listens at `address`, as far as the registry knows."""
+        members = self.roster.members if self.roster is not None else ()
+        return next((member.incarnation for member in members if member.live and member.address == address), None)
+
+    def _distrusts(self, theirs: Hello) -> bool:
+        return self._reputation.distrusts(theirs.incarnation)
+
+    def _found(self) -> None:
+        self._seeking = False
 
     def _record(self) -> dict:
         published = self._desk.published
@@ -279,6 +266,7 @@ class EvolutionaryNode:
             "pid": os.getpid(),
             "address": self.address,
             "step": published.step,
+            "lineage": published.lineage,
             "fitness": published.fitness,
             "generation": published.generation,
         }

@@ -10,12 +10,14 @@ Nothing here touches live weights: what arrives lies in the receive buffer, for 
 
 import asyncio
 import hmac
+import math
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
 from blake3 import blake3
 
+from gossip.decision import decide
 from gossip.faults import Fault, ProtocolError
 from gossip.protocol import (
     Busy,
@@ -25,9 +27,8 @@ from gossip.protocol import (
     Hello,
     Receipt,
     SnapshotHeader,
-    decide,
 )
-from gossip.state import Schema, Snapshot, StateBuffer, payload_fault
+from gossip.state import Schema, Snapshot, StateBuffer, payload_fault, weight_energy
 from gossip.wire import Channel
 
 PIECE_BYTES = 512 * 1024  # of payload at a time: it stays in the cache from the kernel to the digest and the checks
@@ -41,8 +42,11 @@ class Party(Protocol):
     scalar_names: frozenset[str]
     receive_buffer: StateBuffer
 
-    def hello(self) -> Hello:
-        """What is published now."""
+    def hello(self, theirs: Hello | None) -> Hello:
+        """What is published now, for the peer that said `theirs`; None: for the one that is called."""
+
+    def distrusts(self, theirs: Hello) -> bool:
+        """Whether that peer's weights are not to be taken now."""
 
     def claim(self) -> bool:
         """Whether this end is free to be called; from a True on it is not."""
@@ -68,8 +72,10 @@ class Outcome:
 
     @property
     def won(self) -> bool:
-        """This end's weights were the fitter ones."""
-        return not self.tied and self.mine.fitness < self.theirs.fitness
+        """This end's weights were the fitter, or by far the elder ones."""
+        if self.decision.flow is Flow.BOTH:
+            return self.mine.fitness < self.theirs.fitness
+        return not self.tied and self.received is None
 
 
 async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
@@ -83,8 +89,10 @@ async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
 
     sends = decision.flow in (Flow.BOTH, Flow.INITIATOR_SENDS if initiator else Flow.RESPONDER_SENDS)
     receives = decision.flow is not Flow.NONE and (decision.flow is Flow.BOTH or not sends)
+    if receives and party.distrusts(theirs):  # a caller that did not know whom it would reach
+        raise ProtocolError(Fault.DISTRUSTED, f"its weights did harm here lately: {theirs.incarnation}")
     own = received = fault = None
-    if sends or (receives and party.method != "clonal"):
+    if sends or (receives and not decision.whole):
         own = await party.snapshot(mine.generation)
     if sends and receives:
         _, (received, fault) = await _together(_send(channel, own), _receive(channel, party, theirs))
@@ -105,7 +113,7 @@ async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
 
 
 async def _greet_first(channel: Channel, party: Party) -> tuple[Hello, Hello]:
-    mine = party.hello()
+    mine = party.hello(None)
     await channel.send(mine)
     theirs = await channel.receive(Hello, Busy)
     if isinstance(theirs, Busy):
@@ -116,7 +124,7 @@ async def _greet_first(channel: Channel, party: Party) -> tuple[Hello, Hello]:
 
 async def _greet_back(channel: Channel, party: Party) -> tuple[Hello, Hello]:
     theirs = await channel.receive(Hello)
-    mine = party.hello()
+    mine = party.hello(theirs)
     try:
         _check_kinship(mine, theirs)
     except ProtocolError:
@@ -142,7 +150,7 @@ def _check_kinship(mine: Hello, theirs: Hello) -> None:
 
 async def _send(channel: Channel, snapshot: Snapshot) -> None:
     payload = snapshot.buffer.bytes
-    await channel.send(SnapshotHeader(snapshot.step, snapshot.generation, len(payload), snapshot.scalars))
+    await channel.send(_header_of(snapshot))
     digest = blake3()
     for start in range(0, len(payload), PIECE_BYTES):
         piece = payload[start : start + PIECE_BYTES]
@@ -152,31 +160,40 @@ async def _send(channel: Channel, snapshot: Snapshot) -> None:
     await channel.send(End(digest.hexdigest()))
 
 
+def _header_of(snapshot: Snapshot) -> SnapshotHeader:
+    return SnapshotHeader(
+        snapshot.step, snapshot.generation, snapshot.lineage, len(snapshot.buffer.bytes), snapshot.scalars
+    )
+
+
 async def _receive(channel: Channel, party: Party, theirs: Hello) -> tuple[Snapshot, Fault | None]:
     """The peer's snapshot, read to its end, and what is wrong with its content; other faults are raised."""
     buffer, schema = party.receive_buffer, party.schema
     header = await channel.receive(SnapshotHeader)
     if header.nbytes != schema.nbytes:
         raise ProtocolError(Fault.BAD_SNAPSHOT, f"expected {schema.nbytes} bytes, got {header.nbytes}")
-    if header.generation != theirs.generation or header.step < theirs.step:
+    if header.generation != theirs.generation or header.step < theirs.step or header.lineage < theirs.lineage:
         raise ProtocolError(
             Fault.BAD_SNAPSHOT,
-            f"step {header.step} of generation {header.generation} after a HELLO of step {theirs.step} of "
-            f"generation {theirs.generation}",
+            f"step {header.step}, generation {header.generation}, lineage {header.lineage} after a HELLO of step "
+            f"{theirs.step}, generation {theirs.generation}, lineage {theirs.lineage}",
         )
     if header.scalars.keys() != party.scalar_names:
         raise ProtocolError(Fault.BAD_SNAPSHOT, f"scalars {sorted(header.scalars.keys() ^ party.scalar_names)}"[:200])
-    digest, fault = blake3(), None
+    digest, energy, fault = blake3(), 0.0, None
     for start in range(0, schema.nbytes, PIECE_BYTES):
         piece = buffer.bytes[start : start + PIECE_BYTES]
         await channel.wire.receive_into(piece)
         digest.update(piece)
         fault = fault or payload_fault(schema, start, piece)
+        if fault is None:
+            energy += weight_energy(schema, start, piece)
         await asyncio.sleep(0)
     end = await channel.receive(End)
     if not hmac.compare_digest(end.digest, digest.hexdigest()):
         fault = Fault.DIGEST_MISMATCH
-    return Snapshot(buffer, header.step, header.generation, header.scalars), fault
+    snapshot = Snapshot(buffer, header.step, header.generation, header.lineage, header.scalars, math.sqrt(energy))
+    return snapshot, fault
 
 
 async def _together(*halves: Coroutine) -> list:

@@ -2,7 +2,8 @@
 
 Every rank writes one small file, population/rank_0000.json, whose sequence number moves with each beat. The leader
 folds them all into population/ranking.json, and that one file is all that the others read while it moves. No clock
-is ever compared with another host's: a member lives as long as its number moves, on the reader's own clock.
+is ever compared with another host's: a member lives as long as its number moves, on the reader's own clock. Of two
+processes that are one rank by mistake the one with the lesser claim finds the other's word in its file, and ends.
 """
 
 import json
@@ -13,10 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gossip.registry import RANK_FILE_LIMIT, RANKING_NAME, rank_file, rank_files, read_entry, read_ranking
+from gossip.sightings import Sightings, Tenure
+from runtime.errors import UserError
 from runtime.files import atomic_write
 
-_OWN_KEYS = ("rank", "incarnation", "sequence", "world_size", "state")
+_OWN_KEYS = ("rank", "incarnation", "life", "sequence", "world_size", "state")
 _MEMBER_KEYS = (*_OWN_KEYS, "address", "step", "fitness")
+
+
+class RankReplaced(UserError):
+    """Another process is this rank now: this one has no part in the run any more, and nothing to save."""
 
 
 @dataclass(frozen=True)
@@ -56,46 +63,12 @@ class Roster:
         return tuple(member for member in self.members if member.live and member.address and member.rank != rank)
 
 
-class Sightings:
-    """The newest entry seen of each rank, and when on this process's clock it last moved."""
-
-    def __init__(self, timeout_seconds: float) -> None:
-        self.timeout_seconds = timeout_seconds
-        self.entries: dict[int, dict] = {}
-        self._moved_at: dict[int, float] = {}  # absent: never seen to move, so not known to live
-        self._replaced: set[str] = set()  # a cached read may show a process again that another already replaced
-
-    def observe(self, entry: dict, now: float) -> None:
-        """Take in a parsed rank entry; one that is older than what is known changes nothing."""
-        rank, known = entry["rank"], self.entries.get(entry["rank"])
-        if entry["incarnation"] in self._replaced:
-            return
-        if known is None:
-            self.entries[rank] = entry
-        elif known["incarnation"] != entry["incarnation"]:
-            self._replaced.add(known["incarnation"])
-            self.entries[rank] = entry
-            self._moved_at[rank] = now
-        elif entry["sequence"] > known["sequence"]:
-            self.entries[rank] = entry
-            self._moved_at[rank] = now
-
-    def live(self, rank: int, now: float) -> bool:
-        """True for a rank that moved within the timeout before `now` and has not left."""
-        moved_at = self._moved_at.get(rank)
-        return moved_at is not None and now - moved_at < self.timeout_seconds and not self.left(rank)
-
-    def left(self, rank: int) -> bool:
-        """True for a rank that took its leave."""
-        return rank in self.entries and self.entries[rank]["state"] == "left"
-
-
 class FilesystemCoordinator:
     """One rank's part in the registry under `directory`. Starts no thread: one caller beats at a time.
 
     incarnation: a nonce of this process; timeout_seconds: how long a number may stand still before its owner counts
-    as dead. An OSError on this rank's own files is raised to the caller, who may simply beat again; files of others
-    that are torn, malformed, too large or unreadable are skipped and counted in `unreadable`.
+    as dead. An OSError on this rank's own files is raised to the caller, who may simply beat again; files that are
+    torn, malformed or too large, and others' that are unreadable, are skipped and counted in `unreadable`.
     """
 
     def __init__(
@@ -116,6 +89,7 @@ class FilesystemCoordinator:
         self._timeout_seconds = timeout_seconds
         self._clock = clock
         self._sequence = 0
+        self._tenure: Tenure | None = None  # from the first beat on
         self._leader: int | None = None
         self._seen = Sightings(timeout_seconds)
         self._ranking: dict | None = None  # the newest one read or written
@@ -131,6 +105,7 @@ class FilesystemCoordinator:
         """Publish `record` (JSON values; "address", "step" and "fitness" are the members' own), read the others.
 
         A leader folds all rank files into the ranking first. Numbers that are not finite are published as null.
+        Raises RankReplaced, and publishes nothing, once another process has this rank.
         """
         return self._publish(record, "running")
 
@@ -140,16 +115,18 @@ class FilesystemCoordinator:
 
     def _publish(self, record: dict, state: str) -> Roster:
         now = self._clock()
+        self._read_ranking(now)
+        self._hold_rank()
         self._sequence += 1
         own = {
             **{name: _finite(value) for name, value in record.items()},
             "rank": self.rank,
             "incarnation": self._incarnation,
+            "life": self._tenure.life,
             "sequence": self._sequence,
             "world_size": self._world_size,
             "state": state,
         }
-        self._read_ranking(now)
         self._leader = self._choose_leader(now)
         if self.is_leader:
             for rank, path in rank_files(self.directory):
@@ -165,6 +142,28 @@ class FilesystemCoordinator:
         assert len(content) <= RANK_FILE_LIMIT, f"a record of {len(content)} bytes, which no other rank would read"
         atomic_write(rank_file(self.directory, self.rank), content, durable=False)
         return roster
+
+    def _hold_rank(self) -> None:
+        """Begin this process's tenure of its rank, or see that it has not ended."""
+        found = self._read_own()
+        if self._tenure is None:
+            ranked = self._ranking["members"] if self._ranking is not None else []
+            predecessors = [entry for entry in (found, *ranked) if entry is not None and entry["rank"] == self.rank]
+            self._tenure = Tenure(self._incarnation, predecessors)
+        elif found is not None and self._tenure.ended_by(found):
+            raise RankReplaced(
+                f"expected rank {self.rank} of {self.directory} to be this process alone, got another that took its "
+                f"place, process {found.get('pid')} on {found.get('host')}: start each rank once"
+            )
+
+    def _read_own(self) -> dict | None:
+        try:
+            return read_entry(self.rank, rank_file(self.directory, self.rank))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            self.unreadable += 1
+            return None
 
     def _read_ranking(self, now: float) -> None:
         try:

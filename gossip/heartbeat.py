@@ -3,14 +3,18 @@
 import threading
 from collections.abc import Callable
 
-from gossip.filesystem_coordinator import FilesystemCoordinator, Roster
+from gossip.filesystem_coordinator import FilesystemCoordinator, RankReplaced, Roster
+from runtime.stderr import say
+
+CLOSE_SECONDS = 5.0  # for a beat that is going on, and the leave; a hung filesystem may hold either for ever
 
 
 class Heartbeat:
     """Calls coordinator.beat(record()) every `seconds` on a thread of its own, and leaves at the end.
 
     leader_duty: called after a beat when leading; report: told of an OSError (a filesystem that is gone for a while),
-    after which the next beat tries again. Any other error ends the thread and is kept in `error`.
+    after which the next beat tries again. Any other error ends the thread and is kept in `error`: RankReplaced, when
+    another process is this rank, or a mistake in here.
     """
 
     def __init__(
@@ -36,9 +40,11 @@ class Heartbeat:
         self._thread.start()
 
     def close(self) -> None:
-        """Take leave of the registry and join the thread."""
+        """Take leave of the registry and join the thread, or leave it behind where the filesystem holds it too long."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            say(f"the registry has not answered for {CLOSE_SECONDS:g} s: leaving without a word there")
 
     def _run(self) -> None:
         try:
@@ -46,6 +52,8 @@ class Heartbeat:
                 self._attempt(self._beat)
                 self._stop.wait(self._seconds)
             self._attempt(lambda: self._coordinator.leave(self._record()))
+        except RankReplaced as error:  # a user's mistake: told where step_boundary() raises it
+            self.error = error
         except BaseException as error:
             self.error = error
             raise

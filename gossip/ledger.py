@@ -17,8 +17,8 @@ class Counters:
     """Conversations so far, by who began them and by how they ended, and all bytes they moved.
 
     initiated: calls that this rank made; received: authenticated calls that it answered; won: its weights were
-    accepted; lost: a fitter peer's were merged here; tied: both ends left it at that; busy: one end was in another
-    conversation; failed: any other fault, strangers' included.
+    accepted; lost: a peer's were merged here; rolled_back: they did harm here, and the merge was undone; tied: both
+    ends left it at that; busy: one end was in another conversation; failed: any other fault, strangers' included.
     """
 
     initiated: int = 0
@@ -28,6 +28,7 @@ class Counters:
     tied: int = 0
     failed: int = 0
     busy: int = 0
+    rolled_back: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -78,7 +79,7 @@ class Ledger:
                 setattr(self._counters, name, getattr(self._counters, name) + change)
 
     def count_ended(self, talk: Talk, ending: str) -> None:
-        """Count a conversation under `ending` (won, lost, tied, busy, failed), and its bytes."""
+        """Count a conversation under `ending` (won, lost, tied, busy, failed, rolled_back), and its bytes."""
         sent, received = (talk.wire.sent, talk.wire.received) if talk.wire else (0, 0)
         self.count(**{ending: 1}, bytes_sent=sent, bytes_received=received)
 

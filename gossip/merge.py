@@ -1,6 +1,8 @@
 """A peer's state becomes part of the live one: in place, all or nothing, and undone by a swap."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +11,15 @@ from gossip.protocol import MERGE_METHODS
 from gossip.state import Rule, Schema
 
 PIECE_ITEMS = 1024 * 1024  # merged at a time, which bounds the scratch memory
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A judged merge: the losses before and after it in nats per byte (NaN: not judged), and whether it was kept."""
+
+    before: float
+    after: float
+    kept: bool
 
 
 @torch.no_grad()
@@ -59,6 +70,46 @@ def swap(live: Mapping[str, Tensor], schema: Schema, other: Mapping[str, Tensor]
         kept = now.to(theirs.device, copy=True)
         now.copy_(theirs)
         theirs.copy_(kept)
+
+
+def merge_judged(
+    live: Mapping[str, Tensor],
+    schema: Schema,
+    peer: Mapping[str, Tensor],
+    own: Mapping[str, Tensor] | None,
+    method: str,
+    alpha: float,
+    judge: Callable[[], float] | None,
+    tolerance: float | None,
+) -> Trial:
+    """merge(), undone bit for bit where it does harm: `judge`, the loss of the live weights in nats per byte, must be
+    finite after it and not above the loss before it by more than `tolerance`.
+
+    judge None: the merge is kept. An error of the judge is raised, and live is then as it was.
+    """
+    if judge is None:
+        merge(live, schema, peer, own, method, alpha)
+        return Trial(math.nan, math.nan, kept=True)
+    before = judge()
+    merge(live, schema, peer, own, method, alpha)
+    try:
+        after = judge()
+    except BaseException:
+        swap(live, schema, peer)
+        raise
+    kept = math.isfinite(after) and not after > before + tolerance  # a loss before that is not finite is beaten by any
+    if not kept:
+        swap(live, schema, peer)
+    return Trial(before, after, kept)
+
+
+@torch.no_grad()
+def weight_norm(live: Mapping[str, Tensor], schema: Schema) -> float:
+    """L2 norm of all values of `live` under Rule.WEIGHT."""
+    weights = [live[spec.name] for spec in schema.tensors if spec.rule is Rule.WEIGHT]
+    wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in weights]
+    norms = [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in zip(weights, wide, strict=True)]
+    return math.hypot(*(float(norm) for norm in norms))
 
 
 def _pieces(

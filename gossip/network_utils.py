@@ -1,17 +1,21 @@
 """Addresses and sockets: where a rank listens, and how it reaches a peer."""
 
 import asyncio
+import concurrent.futures
 import errno
 import fcntl
 import ipaddress
 import socket
 import struct
+import threading
 
 from gossip.faults import Fault, ProtocolError
 from runtime.errors import UserError
 from runtime.ranks import Identity
 
-BACKLOG = 128
+BACKLOG = 128  # connections that the kernel holds until they are accepted
+LOOKUPS_LIMIT = 4  # host names looked up at once in this process, with a thread each
+_lookups = threading.BoundedSemaphore(LOOKUPS_LIMIT)
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
@@ -61,7 +65,7 @@ def parse_peer(text: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         host = ""  # an IPv6 address without its brackets: where it ends cannot be told
-    if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    if not (colon and host and len(port) <= 5 and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise UserError(f"expected a peer as host:port, got {text!r}: for example node17:29400 or [fd00::17]:29400")
     return host, int(port)
 
@@ -72,27 +76,64 @@ def join_address(host: str, port: int) -> str:
 
 
 async def connect(address: str) -> socket.socket:
-    """A connection to `address` ("host:port"). Raises ProtocolError UNREACHABLE."""
-    loop = asyncio.get_running_loop()
-    connection = None
+    """A connection to `address` ("host:port"); of a name's several addresses the first that answers.
+
+    Raises ProtocolError UNREACHABLE, also for an address that is not one host's (0.0.0.0, ::, multicast). The caller
+    bounds the time and cancels: a lookup that hangs is left behind on its own thread.
+    """
     try:
         host, port = parse_peer(address)
         if _is_numeric(host):
-            family, where = _family(host), (host, port)
-        else:
-            (family, _, _, _, where), *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        connection = socket.socket(family, socket.SOCK_STREAM)
-        connection.setblocking(False)
-        await loop.sock_connect(connection, where)
-    except (OSError, UserError, UnicodeError) as error:
-        if connection is not None:
-            connection.close()
+            return await _connect(_family(host), (host, port))
+        for family, where in await _look_up(host, port):
+            try:
+                return await _connect(family, where)
+            except OSError as error:
+                failure = error
+        raise failure
+    except (OSError, ValueError) as error:  # ValueError: no host and port, or a name that is none
         raise ProtocolError(Fault.UNREACHABLE, getattr(error, "strerror", None) or str(error)) from error
-    except asyncio.CancelledError:
-        if connection is not None:
-            connection.close()
+
+
+async def _connect(family: socket.AddressFamily, where: tuple) -> socket.socket:
+    if not _is_one_host(where[0]):
+        raise OSError(f"{where[0]} is not the address of one host")
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connection, where)
+    except BaseException:
+        connection.close()
         raise
     return connection
+
+
+async def _look_up(name: str, port: int) -> list[tuple[socket.AddressFamily, tuple]]:
+    """The families and socket addresses of `name`, looked up on a daemon thread: nobody waits for it at the end.
+
+    The event loop's own threads would be joined there, however long the resolver hangs. Raises OSError, UnicodeError.
+    """
+    if not _lookups.acquire(blocking=False):
+        raise OSError(f"{LOOKUPS_LIMIT} other names are still being looked up")
+    found = concurrent.futures.Future()
+    found.set_running_or_notify_cancel()  # from here on its result can be set, whoever waits for it
+    try:
+        threading.Thread(target=_resolve_into, args=(found, name, port), name="gossip-resolver", daemon=True).start()
+    except RuntimeError as error:  # the system has no thread to spare
+        _lookups.release()
+        raise OSError(str(error)) from error
+    return [(family, where) for family, _, _, _, where in await asyncio.wrap_future(found)]
+
+
+def _resolve_into(found: concurrent.futures.Future, name: str, port: int) -> None:
+    try:
+        result = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except Exception as error:
+        _lookups.release()
+        found.set_exception(error)
+    else:
+        _lookups.release()
+        found.set_result(result)
 
 
 def _is_numeric(host: str) -> bool:
@@ -101,6 +142,13 @@ def _is_numeric(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_one_host(address: str) -> bool:
+    # The kernel takes 0.0.0.0 for this host.
+    parsed = ipaddress.ip_address(address)
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    return not (parsed.is_unspecified or parsed.is_multicast)
 
 
 def _family(address: str) -> socket.AddressFamily:

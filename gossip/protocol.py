@@ -1,4 +1,4 @@
-"""What peers say to each other, as bytes: pure encoding, decoding and the decision, with no sockets.
+"""What peers say to each other, as bytes: pure encoding and decoding, with no sockets.
 
 After the handshake every message is a frame: a header (kind, two reserved fields, length, sequence number), a body of
 canonical JSON, and a MAC over both. Nothing is ever unpickled, and a length is judged before anything is allocated.
@@ -43,10 +43,11 @@ class Flow(enum.Enum):
 
 @dataclass(frozen=True)
 class Hello:
-    """Who is speaking and how fit its weights are.
+    """Who is speaking, how long its weights have been trained and how fit they are.
 
     incarnation: a nonce of the process, 32 hex digits; generation: counts replacements of the weights other than by a
-    training step; fitness: a loss in nats per byte, lower is fitter, None while it is not known for these weights.
+    training step; lineage: optimizer steps behind these weights, own or inherited; fitness: a loss in nats per byte,
+    lower is fitter, None while it is not known for these weights; accepts: whether it would take the hearer's weights.
     """
 
     run_id: str
@@ -55,7 +56,9 @@ class Hello:
     incarnation: str
     step: int
     generation: int
+    lineage: int
     fitness: float | None
+    accepts: bool
 
     def __post_init__(self) -> None:
         _require_text("run_id", self.run_id, limit=200)
@@ -64,39 +67,48 @@ class Hello:
         _require_hex("incarnation", self.incarnation, digits=32)
         _require_count("step", self.step)
         _require_count("generation", self.generation)
+        _require_count("lineage", self.lineage)
         if self.fitness is not None:
             _require_finite("fitness", self.fitness)
+        _require_truth("accepts", self.accepts)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What both ends concluded from the two HELLOs; they must agree on it to the letter."""
+    """What both ends concluded from the two HELLOs; they must agree on it to the letter.
+
+    whole: a receiver takes the snapshot as it is, with the optimizer's scalars, whatever the merge method.
+    """
 
     flow: Flow
     reason: str
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if type(self.flow) is str:
             object.__setattr__(self, "flow", _member(Flow, self.flow))
         _require(isinstance(self.flow, Flow), "flow", "a flow", self.flow)
         _require_text("reason", self.reason, limit=200)
+        _require_truth("whole", self.whole)
 
 
 @dataclass(frozen=True)
 class SnapshotHeader:
     """What the raw payload that follows is: `nbytes` of state after `step` whole steps, in `generation`.
 
-    scalars: the optimizer's counters and sums, from 0 to 1e15.
+    lineage: as in HELLO, at that step; scalars: the optimizer's counters and sums, from 0 to 1e15.
     """
 
     step: int
     generation: int
+    lineage: int
     nbytes: int
     scalars: dict[str, float]
 
     def __post_init__(self) -> None:
         _require_count("step", self.step)
         _require_count("generation", self.generation)
+        _require_count("lineage", self.lineage)
         _require_count("nbytes", self.nbytes)
         fits = isinstance(self.scalars, dict) and len(self.scalars) <= _SCALARS_LIMIT
         _require(fits, "scalars", f"at most {_SCALARS_LIMIT} named numbers", type(self.scalars).__name__)
@@ -126,7 +138,7 @@ class Receipt:
     def __post_init__(self) -> None:
         if type(self.fault) is str:
             object.__setattr__(self, "fault", _member(Fault, self.fault))
-        _require(type(self.accepted) is bool, "accepted", "true or false", self.accepted)
+        _require_truth("accepted", self.accepted)
         _require(self.fault is None or isinstance(self.fault, Fault), "fault", "a fault", self.fault)
         _require(self.accepted == (self.fault is None), "receipt", "a fault if and only if refused", self.fault)
 
@@ -225,22 +237,6 @@ def decode_frame(kind: type[Message], header: bytes, rest: bytes, key: bytes) ->
     return decode(kind, body)
 
 
-def decide(initiator: Hello, responder: Hello, method: str) -> Decision:
-    """Whose weights travel: pure, so that both ends come to the same answer. Lower fitness wins.
-
-    method: one of MERGE_METHODS. Unknown fitness is no tie: nobody may win by it, nor lose.
-    """
-    ours, theirs = initiator.fitness, responder.fitness
-    if ours is None or theirs is None:
-        return Decision(Flow.NONE, "fitness unknown")
-    if ours == theirs:
-        return Decision(Flow.NONE, "tie")
-    reason = f"loss {min(ours, theirs):.6g} against {max(ours, theirs):.6g}"
-    if method == "average":
-        return Decision(Flow.BOTH, reason)
-    return Decision(Flow.INITIATOR_SENDS if ours < theirs else Flow.RESPONDER_SENDS, reason)
-
-
 def canonical_json(content: dict) -> bytes:
     """The one JSON of `content`: sorted keys, no spaces, ASCII, enums by value. ValueError for NaN or infinity."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False, default=lambda item: item.value)
@@ -265,6 +261,10 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
 
 def _require_count(name: str, value: object) -> None:
     _require(type(value) is int and 0 <= value < _COUNT_LIMIT, name, "a whole number from 0", type(value).__name__)
+
+
+def _require_truth(name: str, value: object) -> None:
+    _require(type(value) is bool, name, "true or false", value)
 
 
 def _require_finite(name: str, value: object) -> None:

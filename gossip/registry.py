@@ -1,19 +1,22 @@
 """The registry's files in the shared folder: their names, and reading them without trust in what they hold.
 
-rank_0000.json is one rank's own entry: a JSON object with rank, incarnation, sequence, world_size, state
-("running" or "left") and what else the rank publishes, among it address, step and fitness. ranking.json is the
-leader's fold of all entries. Nothing here writes.
+rank_0000.json is one rank's own entry: a JSON object with rank, incarnation (a nonce of the process), life (how many
+processes this rank has had), sequence (of this process's beats), world_size, state ("running" or "left") and what else
+the rank publishes, among it address, step and fitness. ranking.json is the leader's fold of all entries. Nothing here
+writes.
 """
 
 import json
 import math
 import os
 import re
+import stat
 from pathlib import Path
 
 RANKING_NAME = "ranking.json"
 RANK_FILE_LIMIT = 64 * 1024  # bytes; a longer file is malformed
 RANKING_LIMIT = 1024 * RANK_FILE_LIMIT
+ADDRESS_LIMIT = 300  # characters: a host's name has at most 253
 STATES = ("running", "left")
 
 
@@ -57,9 +60,10 @@ def read_ranking(directory: Path) -> dict:
 
 def _checked_entry(entry: object) -> dict:
     _expect(isinstance(entry, dict), "an object")
-    _expect(all(_is_count(entry.get(name)) for name in ("rank", "sequence", "world_size")), "counts")
+    _expect(all(_is_count(entry.get(name)) for name in ("rank", "life", "sequence", "world_size")), "counts")
     _expect(isinstance(entry.get("incarnation"), str) and entry.get("state") in STATES, "a process")
-    _expect(isinstance(entry.get("address"), str | None), "an address or null")
+    address = entry.get("address")
+    _expect(address is None or (isinstance(address, str) and len(address) <= ADDRESS_LIMIT), "an address or null")
     _expect(entry.get("step") is None or _is_count(entry["step"]), "a step or null")
     fitness = entry.get("fitness")
     _expect(fitness is None or (type(fitness) in (int, float) and math.isfinite(fitness)), "a loss or null")
@@ -88,10 +92,15 @@ def _whole_number(text: str) -> int:
 
 
 def _read_bounded(path: Path, limit: int) -> bytes:
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
+        _expect(stat.S_ISREG(os.fstat(file.fileno()).st_mode), "a plain file")
         content = file.read(limit + 1)
     _expect(len(content) <= limit, f"at most {limit} bytes")
     return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe in a file's place is not waited for
 
 
 def _expect(condition: bool, what: str) -> None:

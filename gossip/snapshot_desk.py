@@ -21,9 +21,10 @@ COPY_POLL_SECONDS = 0.001
 
 @dataclass(frozen=True)
 class Published:
-    """What a rank says of itself: the step and generation of its weights, and their fitness (None: unknown)."""
+    """What a rank says of itself: step, lineage and generation of its weights, and their fitness (None: unknown)."""
 
     step: int
+    lineage: int
     fitness: float | None
     generation: int
     status: dict
@@ -56,7 +57,7 @@ class SnapshotDesk:
         self.send_buffer = StateBuffer(schema, pin=gpu is not None)
         self.receive_buffer = StateBuffer(schema, pin=gpu is not None)
         self._gpu = gpu
-        self.published = Published(step=0, fitness=None, generation=0, status={})
+        self.published = Published(step=0, lineage=0, fitness=None, generation=0, status={})
         self.scalar_names = frozenset(scalars())
         self._live = live
         self._scalars = scalars
@@ -100,9 +101,9 @@ class SnapshotDesk:
 
     # Training thread.
 
-    def publish(self, step: int, fitness: float | None, status: dict) -> None:
+    def publish(self, step: int, lineage: int, fitness: float | None, status: dict) -> None:
         """Say what the weights are now, in the current generation."""
-        self.published = Published(step, fitness, self.published.generation, status)
+        self.published = Published(step, lineage, fitness, self.published.generation, status)
 
     @property
     def waiting(self) -> bool:
@@ -121,7 +122,7 @@ class SnapshotDesk:
             return
         self._copied = self.send_buffer.copy_from(self._live)
         scalars = {name: float(value) for name, value in self._scalars().items()}
-        snapshot = Snapshot(self.send_buffer, published.step, published.generation, scalars)
+        snapshot = Snapshot(self.send_buffer, published.step, published.generation, published.lineage, scalars)
         request.loop.call_soon_threadsafe(_resolve, request.future, (snapshot, self._copied))
 
     def before_write(self) -> None:
@@ -136,9 +137,15 @@ class SnapshotDesk:
             delivery, self._delivery = self._delivery, None
         return delivery
 
-    def weights_changed(self) -> None:
-        """The live weights are others now: a new generation of unknown fitness. A request for the older one fails."""
-        self.published = replace(self.published, fitness=None, generation=self.published.generation + 1)
+    def weights_changed(self, lineage: int = 0) -> None:
+        """The live weights are others now: a new generation of unknown fitness. A request for the older one fails.
+
+        lineage: of weights that became part of them.
+        """
+        before = self.published
+        self.published = replace(
+            before, lineage=max(before.lineage, lineage), fitness=None, generation=before.generation + 1
+        )
         with self._lock:
             request, self._request = self._request, None
         if request is not None:

@@ -146,12 +146,17 @@ class StateBuffer:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state at one optimizer-step boundary: after `step` steps, in `generation`, with the optimizer's scalars."""
+    """The state at one optimizer-step boundary: after `step` steps, in `generation`, with the optimizer's scalars.
+
+    lineage: as in HELLO; weight_norm: L2 norm of all values under Rule.WEIGHT, of a received one.
+    """
 
     buffer: StateBuffer
     step: int
     generation: int
+    lineage: int
     scalars: dict[str, float]
+    weight_norm: float = math.nan
 
 
 def payload_fault(schema: Schema, start: int, piece: memoryview) -> Fault | None:
@@ -173,6 +178,21 @@ def payload_fault(schema: Schema, start: int, piece: memoryview) -> Fault | None
         if span.rule is Rule.SECOND_MOMENT and lowest < 0:
             return Fault.NEGATIVE_SECOND_MOMENT
     return None
+
+
+def weight_energy(schema: Schema, start: int, piece: memoryview) -> float:
+    """Sum of the squares of all values under Rule.WEIGHT in `piece`, the bytes of a payload from `start` on.
+
+    inf where a single precision number cannot hold it. Any thread may call it.
+    """
+    total, stop = 0.0, start + len(piece)
+    for span in schema.spans:
+        first, last = max(start, span.start), min(stop, span.stop)
+        if first < last and span.rule is Rule.WEIGHT:
+            values = _values(piece[first - start : last - start], span.dtype)
+            # Not numpy.dot: it may start threads of its own, beside those that train.
+            total += float(np.einsum("i,i->", values, values, dtype=np.promote_types(values.dtype, np.float32)))
+    return total
 
 
 def _values(piece: memoryview, dtype: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import socket
+import struct
 import threading
 import traceback
 from collections.abc import Callable
@@ -15,19 +16,28 @@ from gossip.network_utils import connect, join_address
 from gossip.protocol import Hello
 from gossip.snapshot_desk import Delivery, SnapshotDesk
 from gossip.state import Snapshot
+from gossip.strangers import ACCEPTS_AT_ONCE, ACCEPTS_PER_SECOND, REPORT_SECONDS, Reports, Strangers, TokenBucket
 from gossip.wire import Channel, Wire, bounded
 from runtime.stderr import say
 
-STRANGERS_LIMIT = 32  # connections at once that have not authenticated yet
 HANDSHAKE_SECONDS = 5.0  # to connect and to authenticate
 ACCEPT_PAUSE_SECONDS = 0.1  # after the system had no descriptor or memory for a connection
+CLOSE_SECONDS = 5.0  # for the thread to end: a hung filesystem may hold an event's line for ever
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 
 
 class Switchboard:
     """Owns the listening socket and every connection of one rank, on one thread that runs an event loop.
 
-    say_hello: what is published now, from any thread; key: of the run; seconds: bound of a whole conversation;
-    choose_peer: the address to call, or None; on_self: told an address that turned out to be this rank's own.
+    Memory and connections are bounded: one conversation with a peer, which has the buffers of the snapshot desk, one
+    refused as busy for each caller that holds the secret, and strangers as in Strangers. A stranger is refused by a
+    reset, whatever was wrong: it learns nothing from it, and the kernel keeps nothing of it. Where memory is out, the
+    conversation at hand ends.
+
+    key: of the run; seconds: bound of a whole conversation. Called on the network thread: say_hello(address, theirs):
+    what is published now, theirs None for a caller; distrusts(theirs): whether that peer's weights are not taken now;
+    choose_peer(): the address to call, or None; on_self(address): it turned out to be this rank's own; on_end_well():
+    a conversation has ended without a fault.
     """
 
     def __init__(
@@ -38,9 +48,11 @@ class Switchboard:
         method: str,
         ledger: Ledger,
         seconds: float,
-        say_hello: Callable[[], Hello],
+        say_hello: Callable[[str, Hello | None], Hello],
+        distrusts: Callable[[Hello], bool],
         choose_peer: Callable[[], str | None],
         on_self: Callable[[str], None],
+        on_end_well: Callable[[], None],
     ) -> None:
         self.error: BaseException | None = None  # what ended the thread before its time
         self._listener = listener
@@ -50,10 +62,14 @@ class Switchboard:
         self._ledger = ledger
         self._seconds = seconds
         self._say_hello = say_hello
+        self._distrusts = distrusts
         self._choose_peer = choose_peer
         self._on_self = on_self
+        self._on_end_well = on_end_well
         self._slot = threading.Lock()  # held while in a conversation, until its merge: released by either thread
-        self._strangers = 0
+        self._reports = Reports(REPORT_SECONDS)
+        self._strangers = Strangers(ledger, self._reports)
+        self._accepts = TokenBucket(ACCEPTS_PER_SECOND, ACCEPTS_AT_ONCE)
         self._tasks: set[asyncio.Task] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -66,9 +82,11 @@ class Switchboard:
         self._ready.wait()
 
     def close(self) -> None:
-        """End every conversation, close every socket and join the thread."""
+        """End every conversation, close every socket and join the thread, or leave it behind where a disk holds it."""
         self.post(lambda: self._stop.set())
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            say(f"the network thread has not ended for {CLOSE_SECONDS:g} s: leaving it to the end of the process")
 
     def post(self, callback: Callable[..., None], *arguments: object) -> None:
         """Run `callback` on the network thread soon; from any thread. Nothing happens once the thread has ended."""
@@ -112,73 +130,100 @@ class Switchboard:
             for task in ending:
                 task.cancel()
             await asyncio.wait(ending)
+            self._reports.close()
             self._listener.close()
         if not accepting.cancelled():
             accepting.result()
 
     async def _accept(self) -> None:
         while True:
+            await asyncio.sleep(self._accepts.take())  # also while callers wait in line, others have their turn
             try:
                 connection, address = await self._loop.sock_accept(self._listener)
-            except OSError as error:  # out of descriptors or memory, or the caller is gone already
-                self._ledger.note("accept_failed", str(error))
+                self._begin(Talk(join_address(*address[:2]), initiator=False, connection=connection))
+            except (OSError, MemoryError) as error:  # out of descriptors or memory, or the caller is gone already
+                self._loop.call_soon(self._report_accept, error)  # where memory is out there too, that ends alone
                 await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
-                continue
-            if self._strangers >= STRANGERS_LIMIT:
-                connection.close()
-                continue
-            self._strangers += 1
-            self._begin(Talk(join_address(*address[:2]), initiator=False, connection=connection))
-            await asyncio.sleep(0)  # while callers wait in line accepting never does, and others have their turn too
+
+    def _report_accept(self, error: OSError | MemoryError) -> None:
+        reason = str(error) or Fault.OUT_OF_MEMORY.value
+        self._reports.tell("accept", lambda others: self._ledger.note("accept_failed", f"{reason}{others}"))
 
     def _begin_call(self) -> None:
         address = self._choose_peer()
-        if address is not None and self._slot.acquire(blocking=False):
+        if address is None:
+            return
+        talk = Talk(address, initiator=True)
+        talk.claimed = self._slot.acquire(blocking=False)
+        if talk.claimed:
+            self._begin(talk)
             self._ledger.count(initiated=1)
-            self._begin(Talk(address, initiator=True, claimed=True))
 
     def _begin(self, talk: Talk) -> None:
-        task = asyncio.ensure_future(self._hold(talk))
-        self._tasks.add(task)
-        # A callback, since a task that is cancelled before its first step runs no line of its own.
-        task.add_done_callback(functools.partial(self._end, talk))
+        task = None
+        try:
+            task = asyncio.ensure_future(self._hold(talk))
+            self._tasks.add(task)
+            if not talk.initiator:
+                self._strangers.admit(talk.connection, task)
+            # A callback, since a task that is cancelled before its first step runs no line of its own.
+            task.add_done_callback(functools.partial(self._end, talk))
+        except MemoryError:
+            if task is not None:
+                task.cancel()
+            self._let_go(talk, task)
+            raise
 
     def _end(self, talk: Talk, task: asyncio.Task) -> None:
-        self._tasks.discard(task)
+        self._let_go(talk, task)  # first: for what is said after it memory may be out
         if not task.cancelled() and task.exception() is not None:
             say("".join(traceback.format_exception(task.exception())))
-        if talk.connection is not None:
-            talk.connection.close()
-        if not talk.initiator and talk.exchange_id is None:
-            self._strangers -= 1
+
+    def _let_go(self, talk: Talk, task: asyncio.Task | None) -> None:
+        self._tasks.discard(task)
         if talk.claimed and not talk.delivered:
             self.release()
+        if talk.connection is not None:
+            self._strangers.dismiss(talk.connection)
+            if _is_stranger(talk):
+                talk.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            talk.connection.close()
 
     async def _hold(self, talk: Talk) -> None:
         """One conversation and its account."""
         error: ProtocolError | None = ProtocolError(Fault.INTERNAL)  # what any other exception counts as
         try:
             outcome = await bounded(self._talk(talk), self._seconds, "the conversation")
+            self._conclude(talk, outcome)
             error = None
         except ProtocolError as fault:
             error = fault
+        except MemoryError as exhausted:
+            error = ProtocolError(Fault.OUT_OF_MEMORY, str(exhausted))
         except asyncio.CancelledError:
             error = ProtocolError(Fault.CLOSING)
             raise
         finally:
             if error is not None:
                 self._fail(talk, error)
-        if error is None:
-            self._conclude(talk, outcome)
 
     async def _talk(self, talk: Talk) -> Outcome:
-        session = await bounded(self._meet(talk), min(HANDSHAKE_SECONDS, self._seconds), "the handshake")
+        session = await self._meet_in_time(talk)
         talk.exchange_id = session.exchange_id
         if not talk.initiator:
-            self._strangers -= 1
+            self._strangers.dismiss(talk.connection)
             self._ledger.count(received=1)
         talk.channel = Channel(talk.wire, session.send_key, session.receive_key)
         return await converse(talk.channel, _Party(self, talk), talk.initiator)
+
+    async def _meet_in_time(self, talk: Talk) -> Session:
+        seconds = min(HANDSHAKE_SECONDS, self._seconds)
+        try:
+            return await bounded(self._meet(talk), seconds, "the handshake")
+        except ProtocolError as error:
+            if error.fault is Fault.DEADLINE and talk.connection is None:
+                raise ProtocolError(Fault.UNREACHABLE, f"no answer in {seconds:g} s") from error
+            raise
 
     async def _meet(self, talk: Talk) -> Session:
         if talk.initiator:
@@ -187,20 +232,28 @@ class Switchboard:
         return await authenticate(talk.wire, self._key, talk.initiator)
 
     def _conclude(self, talk: Talk, outcome: Outcome) -> None:
+        self._on_end_well()
         if outcome.received is not None:  # the merge has yet to follow, and accounts for it
-            talk.delivered = True
             self._desk.deliver(Delivery(talk, outcome))
+            talk.delivered = True
             return
         ending, event = ("tied", "tied") if outcome.tied else ("won", "sent")
         self._ledger.write(talk, event, outcome.decision.reason)
         self._ledger.count_ended(talk, ending)
 
     def _fail(self, talk: Talk, error: ProtocolError) -> None:
+        if _is_stranger(talk):
+            self._strangers.fail(talk, error)
+            return
         if error.fault is Fault.SELF:
             if not talk.initiator:
                 return  # the calling end of the same conversation accounts for it
             self._on_self(talk.address)
         self._ledger.fail(talk, error)
+
+
+def _is_stranger(talk: Talk) -> bool:
+    return not talk.initiator and talk.exchange_id is None
 
 
 class _Party:
@@ -214,9 +267,12 @@ class _Party:
         self._board = board
         self._talk = talk
 
-    def hello(self) -> Hello:
-        self._talk.mine = self._board._say_hello()
+    def hello(self, theirs: Hello | None) -> Hello:
+        self._talk.mine = self._board._say_hello(self._talk.address, theirs)
         return self._talk.mine
+
+    def distrusts(self, theirs: Hello) -> bool:
+        return self._board._distrusts(theirs)
 
     def claim(self) -> bool:
         self._talk.claimed = self._board._slot.acquire(blocking=False)

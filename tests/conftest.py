@@ -34,7 +34,8 @@ def run_train(text, tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "GRUBOROS_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        foreign = name.startswith(("SLURM_", "GRUBOROS_", "TORCHELASTIC_"))
+        if foreign or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     threads = torch.get_num_threads()

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import socket
+import struct
 import threading
 import time
 from typing import ClassVar
@@ -10,6 +11,7 @@ from typing import ClassVar
 import torch
 from blake3 import blake3
 
+from gossip.decision import decide
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode, GossipConfig
 from gossip.handshake import ANSWERER, CALLER, proof, run_key, session
@@ -17,6 +19,7 @@ from gossip.network_utils import listen
 from gossip.protocol import (
     HEADER_BYTES,
     MAC_BYTES,
+    MERGE_METHODS,
     OPENING_BYTES,
     PROOF_BYTES,
     Busy,
@@ -26,7 +29,6 @@ from gossip.protocol import (
     Hello,
     Receipt,
     SnapshotHeader,
-    decide,
     decode_frame,
     decode_header,
     encode_frame,
@@ -53,16 +55,20 @@ def make_state(value=1.0, shapes=((300, 7), (5,)), terms=None):
 class Rank:
     """A started node with a tiny state; `train` is one optimizer step that changes nothing."""
 
-    def __init__(self, folder, rank, value=1.0, state=None, world_size=8, seed=0, duty=None, port=0, **config):
+    def __init__(
+        self, folder, rank, value=1.0, state=None, world_size=8, seed=0, duty=None, port=0, judge=None, run_id=RUN_ID,
+        **config,
+    ):  # fmt: skip
         self.live, self.schema = state or make_state(value)
         self.log = EventLog(folder / "gossip_logs" / f"run_rank_{rank:04d}.tsv", rank)
         config = {"mixing_rate": 0.0, "filesystem_coordinator": False, **config}
         self.scalars = {"k": float(rank)}
-        self.step = 0
+        self.step = self.lineage = 0
         self.fitness = None
         self.node = EvolutionaryNode(
-            Identity(rank, rank, world_size, world_size, "alone"), RUN_ID, folder, listen("127.0.0.1", port),
+            Identity(rank, rank, world_size, world_size, "alone"), run_id, folder, listen("127.0.0.1", port),
             self.schema, self.live, lambda: self.scalars, GossipConfig(**config), self.log, seed, duty, SECRET,
+            judge,
         )  # fmt: skip
         self.node.start()
         self.boundary()
@@ -73,7 +79,7 @@ class Rank:
         return host, int(port)
 
     def boundary(self):
-        return self.node.step_boundary(self.step, self.fitness, {})
+        return self.node.step_boundary(self.step, self.lineage, self.fitness, {})
 
     def call(self):
         """Ask for a call, as a lucky throw of the dice does."""
@@ -152,9 +158,20 @@ class Trainer:
 def hello(schema, rank=7, **changes):
     fields = {
         "run_id": RUN_ID, "schema_hash": schema.hash, "rank": rank, "incarnation": "ab" * 16, "step": 5,
-        "generation": 0, "fitness": 1.0,
+        "generation": 0, "lineage": 0, "fitness": 1.0, "accepts": True,
     }  # fmt: skip
     return Hello(**{**fields, **changes})
+
+
+def read(connection, nbytes):
+    """The next `nbytes`. Raises EOFError when they end early."""
+    content = b""
+    while len(content) < nbytes:
+        piece = connection.recv(nbytes - len(content))
+        if not piece:
+            raise EOFError
+        content += piece
+    return content
 
 
 class RawPeer:
@@ -181,13 +198,7 @@ class RawPeer:
             cls.made.pop().close()
 
     def read(self, nbytes):
-        content = b""
-        while len(content) < nbytes:
-            piece = self.socket.recv(nbytes - len(content))
-            if not piece:
-                raise EOFError
-            content += piece
-        return content
+        return read(self.socket, nbytes)
 
     def closed(self):
         """Wait for the other end to close."""
@@ -223,6 +234,12 @@ class RawPeer:
         self.sent += 1
         return frame
 
+    def frame_of(self, number, body):
+        """A frame of kind `number` under the right MAC, whatever its body is."""
+        content = struct.pack(">BBHIQ", number, 0, 0, len(body), self.sent) + body
+        self.sent += 1
+        return content + blake3(content, key=self.session.send_key).digest()
+
     def send(self, message):
         self.socket.sendall(self.frame(message))
 
@@ -242,13 +259,21 @@ class RawPeer:
         else:
             theirs = self.receive(Hello)
             self.send(mine)
-        decision = decide(*((mine, theirs) if self.initiator else (theirs, mine)), "clonal")
+        pair = (mine, theirs) if self.initiator else (theirs, mine)
+        decision = self.receive(Decision)
+        assert decision in [decide(*pair, method) for method in MERGE_METHODS]
         self.send(decision)
-        assert self.receive(Decision) == decision
         return theirs, decision
 
     def send_snapshot(self, schema, payload, scalars=None, digest=None, **changes):
-        header = {"step": 5, "generation": 0, "nbytes": schema.nbytes, "scalars": scalars or {"k": 7.0}, **changes}
+        header = {
+            "step": 5,
+            "generation": 0,
+            "lineage": 0,
+            "nbytes": schema.nbytes,
+            "scalars": scalars or {"k": 7.0},
+            **changes,
+        }
         self.send(SnapshotHeader(**header))
         self.socket.sendall(payload)
         self.send(End(digest or blake3(payload).hexdigest()))

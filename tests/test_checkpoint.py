@@ -1,16 +1,22 @@
 import contextlib
 import pickle
 import random
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 
-from mingru.minLM import MinLM, ModelConfig
+from bench.injection import Injection
+from gossip.state import Rule, Schema
+from mingru.minLM import MinLM, MinLMState, ModelConfig
 from runtime.errors import UserError
+from training import checkpoint
 from training.checkpoint import (
     CheckpointError,
     build_model,
+    checkpoint_bytes,
     checkpoint_name,
     list_checkpoints,
     load_for_use,
@@ -18,6 +24,7 @@ from training.checkpoint import (
     read_own_checkpoint,
     save_checkpoint,
 )
+from training.digest import is_sealed
 
 CONFIG = ModelConfig(dim=16, depth=1)
 
@@ -134,12 +141,103 @@ def test_read_own_checkpoint_refuses_weights_that_are_not_finite(tmp_path):
                 read_own_checkpoint(path)
 
 
-def test_a_flipped_byte_never_shows_a_traceback(tmp_path):
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.injects(Injection.FLIPPED_CHECKPOINT)
+@pytest.mark.parametrize("reader", [read_checkpoint, load_for_use], ids=["to resume", "to use"])
+def test_one_flipped_bit_is_found_wherever_it_is(tmp_path, reader):
     path = save(tmp_path)
+    content, dice = path.read_bytes(), random.Random(0)
+    tensors = content.index(torch.full((64,), 0.5).numpy().tobytes())
+    comment = content.index(b"gruboros blake3 ")
+    places = {
+        "its digest does not match": [tensors, tensors + 4000, 100, comment - 3, len(content) - 1, comment + 20]
+        + [dice.randrange(200, comment) for _ in range(40)],
+        "got": [0, 3, comment - 2, comment - 1, comment, comment + 9],  # then it may not even seem to be ours
+    }
+    for message, flipped in places.items():
+        for place in flipped:
+            flip(path, place)
+            with pytest.raises(CheckpointError, match=message):
+                reader(path, *([torch.device("cpu")] if reader is load_for_use else []))
+            path.write_bytes(content)
+    read_checkpoint(path)
+
+
+@pytest.mark.injects(Injection.TRUNCATED_CHECKPOINT)
+def test_a_checkpoint_that_was_cut_anywhere_is_refused(tmp_path):
+    path = save(tmp_path)
+    content = path.read_bytes()
+    comment = content.index(b"gruboros blake3 ")
+    for length in (0, 1, 100, len(content) // 2, comment - 22, comment - 2, comment, comment + 40, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match="got"):
+            read_checkpoint(path)
+    path.write_bytes(content[: len(content) // 2] + content[len(content) // 2 + 512 :])  # a hole, and the end is there
+    with pytest.raises(CheckpointError, match="digest does not match"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_of_ours_without_its_digest_is_refused(tmp_path):
+    path = save(tmp_path)
+    content = path.read_bytes()
+    comment = content.index(b"gruboros blake3 ")
+    path.write_bytes(content[: comment - 2] + b"\0\0")  # as torch.save leaves it
+    assert torch.load(path, weights_only=True)["step"] == 1
+    with pytest.raises(CheckpointError, match="digest, got"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_sealed_checkpoint_is_a_plain_zip_file_for_everybody_else(tmp_path, mapped):
+    path = save(tmp_path, fill=0.25)
+    content = torch.load(path, weights_only=True, mmap=mapped)
+    assert float(content["model_state_dict"]["token_emb.weight"][3, 3]) == 0.25
+    with zipfile.ZipFile(path) as file:
+        assert file.testzip() is None and len(file.comment) == 80
+        digest = blake3(path.read_bytes()[: -len(file.comment) - 2]).hexdigest()
+        assert file.comment == f"gruboros blake3 {digest}".encode()
+
+
+@pytest.mark.injects(Injection.CHECKPOINT_DELETED)
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
+    path = save(tmp_path, fill=0.25)
+    (tmp_path / "best.pt").symlink_to(path.name)
+
+    def checked(file) -> bool:
+        path.unlink()  # what another rank's tidying does
+        return is_sealed(file)
+
+    monkeypatch.setattr(checkpoint, "is_sealed", checked)
+    content = read_checkpoint(tmp_path / "best.pt", mapped=False)
+    assert bool((content["model_state_dict"]["token_emb.weight"] == 0.25).all())
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_checkpoint(tmp_path / "best.pt")  # now a link that leads nowhere
+
+
+def test_checkpoint_bytes_bound_what_is_written(run_train):
+    for name, flags in (("tiny", []), ("conv", ["--enable_conv", "--batch_size", "9", "--dim", "64", "--depth", "5"])):
+        run_dir = run_train(name, "--train_steps", "2", "--val_every", "0", *flags)
+        (file,) = list_checkpoints(run_dir)
+        content = read_checkpoint(file.path)
+        tensors = content["training"]["tensors"]
+        schema = Schema.of(tensors, dict.fromkeys(tensors, Rule.WEIGHT), {})
+        parameters = sum(tensor.numel() for tensor in content["model_state_dict"].values())
+        bound = checkpoint_bytes(schema, parameters, MinLMState(**content["training"]["state"]))
+        assert 0 <= bound - file.path.stat().st_size < 64 * 1024 + 1024 * len(tensors)
+
+
+def test_a_flipped_byte_of_a_file_without_a_digest_never_shows_a_traceback(tmp_path):
+    path = tmp_path / "foreign.pt"
+    torch.save({"model_config": CONFIG.to_dict(), "model_state_dict": MinLM(CONFIG).state_dict(), "step": 1}, path)
     content = path.read_bytes()
     start, dice = content.index(b"model_config") - 60, random.Random(0)
     for _ in range(150):
-        place = dice.randrange(start, start + 1500)  # the pickle of the structure, not the tensors' numbers
+        place = dice.randrange(start, start + 1000)  # the pickle of the structure, not the tensors' numbers
         path.write_bytes(content[:place] + bytes([dice.randrange(256)]) + content[place + 1 :])
         with contextlib.suppress(UserError):
             load_for_use(path, torch.device("cpu"))

@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 
+from bench.injection import Injection
 from gossip.exchange import PIECE_BYTES, converse
 from gossip.faults import Fault, ProtocolError
 from gossip.protocol import Flow
@@ -31,8 +32,11 @@ class Party:
         self.send_buffer, self.receive_buffer = StateBuffer(self.schema), StateBuffer(self.schema)
         self.send_buffer.copy_from(live)
 
-    def hello(self):
+    def hello(self, theirs):
         return self.said
+
+    def distrusts(self, theirs):
+        return False
 
     def claim(self):
         return not self.busy
@@ -40,7 +44,7 @@ class Party:
     async def snapshot(self, generation):
         assert generation == self.said.generation
         self.asked += 1
-        return Snapshot(self.send_buffer, self.said.step + 1, generation, {"k": 2.0})
+        return Snapshot(self.send_buffer, self.said.step + 1, generation, self.said.lineage, {"k": 2.0})
 
 
 @contextlib.contextmanager
@@ -118,6 +122,7 @@ def test_converse_moves_nothing_when_nobody_wins(fitness, method):
     assert caller.asked == answerer.asked == 0
 
 
+@pytest.mark.injects(Injection.WRONG_RUN, Injection.RANK_TAKEN_TWICE)
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
@@ -163,6 +168,7 @@ def test_converse_ends_when_the_two_decisions_differ():
     assert talk(caller, answerer) == [Fault.DECISION_DIFFERS, Fault.DECISION_DIFFERS]
 
 
+@pytest.mark.injects(Injection.NAN)
 def test_converse_applies_an_average_at_neither_end_when_one_is_refused():
     caller, answerer = Party(0, 1.0, 11.0, "average"), Party(1, 2.0, 22.0, "average")
     answerer.send_buffer.views["0.z"][300, 7] = torch.nan
@@ -175,6 +181,7 @@ def test_converse_refuses_a_snapshot_of_other_scalars():
     assert talk(caller, answerer)[1] is Fault.BAD_SNAPSHOT
 
 
+@pytest.mark.injects(Injection.BIT_FLIP)
 def test_converse_finds_what_changed_under_way(monkeypatch):
     """The sender's digest is of what it meant to send: a byte that flips after that is found."""
     caller, answerer = Party(0, 1.0, 11.0), Party(1, 2.0, 22.0)

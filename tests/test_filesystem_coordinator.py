@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from gossip.filesystem_coordinator import FilesystemCoordinator, Roster
+from bench.injection import Injection
+from gossip.filesystem_coordinator import FilesystemCoordinator, RankReplaced, Roster
 from gossip.registry import RANK_FILE_LIMIT, rank_file, rank_files, read_entry, read_ranking
 
 HEARTBEAT = 2.0
@@ -84,7 +85,7 @@ def test_coordinator_followers_read_the_ranking_alone(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr("gossip.filesystem_coordinator.read_entry", lambda rank, path: read.append(rank))
     population.round([1, 2])
-    assert read == []
+    assert read == [1, 2]  # each its own, to see that it is still its own
 
 
 def test_coordinator_standing_orders_the_live_with_known_fitness(tmp_path):
@@ -110,6 +111,7 @@ def test_coordinator_calls_a_member_dead_when_its_number_stands_still(tmp_path):
     assert live(rosters[0]) == live(rosters[2]) == [0, 1, 2]
 
 
+@pytest.mark.injects(Injection.LEADER_DEATH)
 def test_coordinator_elects_the_lowest_within_timeout_and_heartbeat(tmp_path):
     population = Population(tmp_path, range(4))
     population.round(times=4)
@@ -149,6 +151,7 @@ def test_coordinator_elects_at_once_when_the_leader_leaves(tmp_path):
     assert live(rosters[2]) == [1, 2] and rosters[2].member(0).state == "left"
 
 
+@pytest.mark.injects(Injection.LEADER_DEATH)
 def test_coordinator_lower_rank_takes_over_when_it_returns(tmp_path):
     population = Population(tmp_path, range(3))
     population.round(times=4)
@@ -171,6 +174,7 @@ def test_coordinator_lower_rank_takes_over_from_a_higher_leader(tmp_path):
     assert [population.members[rank].is_leader for rank in (1, 2, 3)] == [True, False, False]
 
 
+@pytest.mark.injects(Injection.TWO_LEADERS)
 def test_coordinator_stopped_leader_yields_to_nobody_lower_and_two_leaders_do_no_harm(tmp_path):
     population = Population(tmp_path, range(4))
     population.round(times=4)
@@ -184,6 +188,7 @@ def test_coordinator_stopped_leader_yields_to_nobody_lower_and_two_leaders_do_no
     assert {roster.leader for roster in rosters.values()} == {0}
 
 
+@pytest.mark.injects(Injection.GHOST)
 def test_coordinator_ghosts_of_an_older_run_are_not_alive(tmp_path):
     old = Population(tmp_path, range(4))
     old.round(times=4)
@@ -200,6 +205,7 @@ def test_coordinator_ghosts_of_an_older_run_are_not_alive(tmp_path):
     assert rosters[2].peers(2) == (rosters[2].member(0),)
 
 
+@pytest.mark.injects(Injection.STALE_ATTRIBUTES)
 def test_coordinator_ignores_a_replaced_incarnation_that_shows_again(tmp_path):
     population = Population(tmp_path, range(3))
     population.round(times=4)
@@ -215,6 +221,7 @@ def test_coordinator_ignores_a_replaced_incarnation_that_shows_again(tmp_path):
     assert live(rosters[0]) == [0, 2]
 
 
+@pytest.mark.injects(Injection.STALE_ATTRIBUTES)
 def test_coordinator_a_lower_number_is_no_sign_of_life(tmp_path):
     population = Population(tmp_path, range(2))
     population.round(times=2)
@@ -227,7 +234,153 @@ def test_coordinator_a_lower_number_is_no_sign_of_life(tmp_path):
     assert live(roster) == [0]
 
 
-ENTRY = {"rank": 1, "incarnation": "a", "sequence": 9, "world_size": 2, "state": "running", "address": None}
+# Two processes that are one rank
+
+
+def twice(population, rank, *incarnations):
+    """Start further processes of `rank`; returns the coordinators of all of them, the one that was there first."""
+    coordinators = [population.members[rank]]
+    for incarnation in incarnations:
+        population.start(rank, incarnation)
+        coordinators.append(population.members[rank])
+    return coordinators
+
+
+def beats(coordinator, population, rank, times=1):
+    """Whether `coordinator` still has its rank after `times` beats."""
+    try:
+        for _ in range(times):
+            coordinator.beat(population.record(rank))
+    except RankReplaced:
+        return False
+    return True
+
+
+def owner(tmp_path, rank):
+    return read_entry(rank, rank_file(tmp_path, rank))["incarnation"]
+
+
+@pytest.mark.injects(Injection.RANK_TAKEN_TWICE)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_coordinator_the_older_process_of_a_rank_gives_way(tmp_path, rank):
+    population = Population(tmp_path, range(3))
+    population.round(times=4)
+    older, newer = twice(population, rank, "a-second")  # whose nonce is less than the first's
+    survived = []
+    for _ in range(6):
+        population.round()  # the newer one's
+        survived.append(beats(older, population, rank))
+    assert survived[0] and not any(survived[2:])  # at the second sight of the newer at the latest
+    assert owner(tmp_path, rank) == "a-second"
+    rosters = population.round(times=3)
+    for seen in rosters.values():
+        assert live(seen) == [0, 1, 2] and seen.member(rank).incarnation == "a-second" and seen.leader == 0
+    assert population.members[rank] is newer
+    with pytest.raises(RankReplaced, match=rf"expected rank {rank} of .* to be this process alone, got another"):
+        older.leave(population.record(rank))
+    assert read_entry(rank, rank_file(tmp_path, rank))["state"] == "running"  # the leave was not published
+
+
+@pytest.mark.injects(Injection.RANK_TAKEN_TWICE)
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_coordinator_of_two_that_begin_at_once_one_stays_whoever_is_seen_first(tmp_path, order):
+    population = Population(tmp_path, [0, 2], world_size=3)
+    population.round(times=3)
+    both = {name: FilesystemCoordinator(tmp_path, 1, 3, name, TIMEOUT, Clock()) for name in order}
+    for name in order:  # neither finds the other's file
+        both[name].beat(population.record(1))
+        rank_file(tmp_path, 1).rename(tmp_path / name)
+    os.replace(tmp_path / order[-1], rank_file(tmp_path, 1))
+    standing = set(order)
+    for _ in range(8):
+        for name in order:
+            if name in standing and not beats(both[name], population, 1):
+                standing.remove(name)
+            population.round()
+    assert standing == {"b"}  # the greater nonce
+    rosters = population.round()
+    assert owner(tmp_path, 1) == "b"
+    assert all(seen.member(1).live and seen.member(1).incarnation == "b" for seen in rosters.values())
+
+
+@pytest.mark.injects(Injection.RANK_TAKEN_TWICE, Injection.PAUSE)
+def test_coordinator_a_stopped_process_finds_that_its_rank_went_on_without_it(tmp_path):
+    population = Population(tmp_path, range(2))
+    population.round(times=4)
+    stopped, *_ = twice(population, 1, "second", "third")
+    population.round(times=20)
+    assert beats(stopped, population, 1)  # it cannot tell yet whether that one lives
+    population.round()
+    assert not beats(stopped, population, 1)
+    assert live(population.round(times=2)[0]) == [0, 1]
+
+
+@pytest.mark.injects(Injection.RESTART)
+def test_coordinator_counts_the_lives_of_its_rank(tmp_path):
+    population = Population(tmp_path, range(2))
+    for life in (1, 2, 3):
+        population.round(times=2)
+        assert read_entry(1, rank_file(tmp_path, 1))["life"] == life
+        population.start(1, f"process-{9 - life}")
+    rank_file(tmp_path, 1).unlink()  # lost: the ranking still knows
+    population.round()
+    assert read_entry(1, rank_file(tmp_path, 1))["life"] == 4
+    assert live(population.round(times=3)[0]) == [0, 1]
+
+
+@pytest.mark.injects(Injection.VANISHED)
+def test_coordinator_takes_a_rank_in_again_after_all_files_were_lost(tmp_path):
+    population = Population(tmp_path, range(2))
+    population.round(times=2)
+    population.start(1, "second")
+    population.round(times=2)
+    for name in os.listdir(tmp_path):
+        os.unlink(tmp_path / name)
+    population.start(1, "another")  # begins at its first life, less than what rank 0 has seen
+    population.round([1])
+    assert read_entry(1, rank_file(tmp_path, 1))["life"] == 1
+    rosters = population.round(times=1 + int(TIMEOUT / HEARTBEAT))
+    assert rosters[0].member(1).incarnation == "another" and live(rosters[0]) == [0, 1]
+
+
+# Files of others that are not what they should be
+
+
+@pytest.mark.injects(Injection.STALE_ATTRIBUTES)
+def test_coordinator_keeps_its_rank_when_a_cache_shows_its_predecessor_again(tmp_path):
+    population = Population(tmp_path, range(2))
+    population.round(times=3)
+    predecessors = rank_file(tmp_path, 1).read_bytes()
+    population.start(1, "a-second")
+    rank_file(tmp_path, 1).unlink()
+    (tmp_path / "ranking.json").unlink()
+    population.round([1])  # with the same life, and a lesser nonce: the dead process has the greater claim
+    assert read_entry(1, rank_file(tmp_path, 1))["life"] == 1
+    for _ in range(5):
+        rank_file(tmp_path, 1).write_bytes(predecessors)
+        population.round([1])
+    assert owner(tmp_path, 1) == "a-second"
+
+
+@pytest.mark.injects(Injection.STALE_ATTRIBUTES)
+def test_coordinator_goes_on_over_an_older_ranking_from_a_cache(tmp_path):
+    population = Population(tmp_path, range(3))
+    population.round(times=2)
+    older = (tmp_path / "ranking.json").read_bytes()
+    population.round(times=2)
+    steps = []
+    for content in (older, None) * 6:
+        newer = (tmp_path / "ranking.json").read_bytes()
+        (tmp_path / "ranking.json").write_bytes(content or newer)
+        seen = population.round([1, 2])[2]
+        steps.append(seen.member(0).sequence)
+        (tmp_path / "ranking.json").write_bytes(newer)
+        population.round([0])
+        assert live(seen) == [0, 1, 2] and seen.leader == 0
+    assert steps == sorted(steps)  # what is known is never forgotten for something older
+
+
+ENTRY = {"rank": 1, "incarnation": "a", "life": 1, "sequence": 9, "world_size": 2, "state": "running", "address": None}
 BROKEN = {
     "empty": b"",
     "torn": json.dumps(ENTRY).encode()[:20],
@@ -244,6 +397,8 @@ BROKEN = {
     "negative-step": json.dumps({**ENTRY, "step": -1}).encode(),
     "odd-state": json.dumps({**ENTRY, "state": "asleep"}).encode(),
     "number-address": json.dumps({**ENTRY, "address": 5000}).encode(),
+    "endless-address": json.dumps({**ENTRY, "address": "x" * 400 + ":1"}).encode(),
+    "no-life": json.dumps({k: v for k, v in ENTRY.items() if k != "life"}).encode(),
     "no-incarnation": json.dumps({k: v for k, v in ENTRY.items() if k != "incarnation"}).encode(),
 }
 
@@ -271,6 +426,15 @@ def test_coordinator_goes_on_over_a_broken_ranking(tmp_path, content):
     assert rosters[2].leader == 0 and live(rosters[2]) == [0, 1, 2]
     assert population.members[2].unreadable == 1
     assert live(population.round()[2]) == [0, 1, 2]
+
+
+def test_coordinator_waits_for_no_pipe(tmp_path):
+    population = Population(tmp_path, range(2))
+    population.round(times=3)
+    rank_file(tmp_path, 1).unlink()
+    os.mkfifo(rank_file(tmp_path, 1))
+    assert live(population.round([0])[0]) == [0, 1]
+    assert population.members[0].unreadable == 1
 
 
 def test_coordinator_unreadable_member_is_passed_over(tmp_path):
@@ -321,7 +485,14 @@ def test_rank_files_takes_exact_names_only(tmp_path):
 
 
 def test_coordinator_folds_and_reads_1024_members(tmp_path):
-    entry = {"incarnation": "x" * 16, "world_size": 1024, "state": "running", "address": "10.0.0.1:40000", "won": 3}
+    entry = {
+        "incarnation": "x" * 16,
+        "life": 1,
+        "world_size": 1024,
+        "state": "running",
+        "address": "10.0.0.1:40000",
+        "won": 3,
+    }
     clock = Clock()
     leader = FilesystemCoordinator(tmp_path, 0, 1024, "leader", TIMEOUT, clock)
     follower = FilesystemCoordinator(tmp_path, 1, 1024, "x" * 16, TIMEOUT, clock)

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from bench.injection import Injection
 from gossip.faults import Fault, ProtocolError
 from gossip.handshake import ANSWERER, CALLER, authenticate, proof, run_key
 from gossip.protocol import OPENING_BYTES, encode_opening
@@ -54,6 +55,7 @@ def test_authenticate_gives_every_connection_other_keys():
     assert len(keys) == 4 and first.exchange_id != second.exchange_id
 
 
+@pytest.mark.injects(Injection.WRONG_RUN)
 @pytest.mark.parametrize("other", [run_key(bytes(32), "run"), run_key(SECRET, "other run")], ids=["secret", "run"])
 def test_authenticate_refuses_another_secret_or_run(other):
     assert both_ends(KEY, other) == [Fault.REFUSED, Fault.WRONG_SECRET]
@@ -87,6 +89,7 @@ def test_authenticate_tells_a_stranger_nothing_but_a_nonce():
     assert len(heard) == OPENING_BYTES and heard[:10] == encode_opening(bytes(32))[:10]
 
 
+@pytest.mark.injects(Injection.WRONG_VERSION)
 @pytest.mark.parametrize(
     ("opening", "fault"),
     [
@@ -102,6 +105,7 @@ def test_authenticate_is_silent_to_what_does_not_speak_this_version(opening, fau
     assert against(stranger, initiator=False) == (fault, b"")
 
 
+@pytest.mark.injects(Injection.REFLECTED_MESSAGE)
 def test_authenticate_as_caller_is_not_fooled_by_its_own_proof():
     """A peer without the secret sends the caller's opening and then its proof back to it."""
 
@@ -113,6 +117,7 @@ def test_authenticate_as_caller_is_not_fooled_by_its_own_proof():
     assert against(mirror, initiator=True)[0] is Fault.WRONG_SECRET
 
 
+@pytest.mark.injects(Injection.REPLAYED_MESSAGE)
 def test_authenticate_as_answerer_is_not_fooled_by_an_older_conversation():
     """Everything that a caller once said, said again: the answerer's nonce is another."""
     with connected() as (caller, answerer):
@@ -139,6 +144,7 @@ def test_authenticate_as_answerer_is_not_fooled_by_an_older_conversation():
     assert against(replay, initiator=False)[0] is Fault.WRONG_SECRET
 
 
+@pytest.mark.injects(Injection.TRUNCATION)
 @pytest.mark.parametrize("said", [0, 1, OPENING_BYTES - 1, OPENING_BYTES, OPENING_BYTES + 31])
 @pytest.mark.parametrize("initiator", [True, False])
 def test_authenticate_ends_when_the_peer_closes_in_the_middle(said, initiator):

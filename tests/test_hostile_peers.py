@@ -6,8 +6,9 @@ import socket
 
 import pytest
 
+from bench.injection import Injection
 from gossip.faults import Fault
-from gossip.protocol import Decision, End, Flow, Hello, Receipt, SnapshotHeader, encode_frame
+from gossip.protocol import Decision, End, Flow, Hello, Receipt, SnapshotHeader, canonical_json, encode_frame
 from tests.gossip_helpers import (
     PATIENCE,
     Rank,
@@ -24,11 +25,18 @@ from tests.gossip_helpers import (
     values_of,
 )
 
+PICKLE = b"\x80\x04\x95" + b"cos\nsystem\n(S'true'\ntR." * 20  # whoever loads it runs a command
+
 
 @pytest.fixture(autouse=True)
 def close_raw_peers():
     yield
     RawPeer.close_all()
+
+
+def numbered(cases):
+    """Ids of parametrized (script, fault): the number tells scripts of one fault apart."""
+    return [f"{number}-{case.values[1].name}" for number, case in enumerate(cases)]
 
 
 # Callers: each script has its way with one connection.
@@ -102,8 +110,38 @@ def half_a_frame(peer, rank):
     peer.socket.shutdown(socket.SHUT_WR)
 
 
+def pickle_for_opening(peer, rank):
+    peer.socket.sendall(PICKLE)
+
+
+def pickle_for_proof(peer, rank):
+    peer.openings()
+    peer.socket.sendall(PICKLE)
+
+
 def pickle_for_hello(peer, rank):
-    peer.handshake().socket.sendall(b"\x80\x04\x95" + b"cos\nsystem\n(S'true'\ntR." * 20)
+    peer.handshake().socket.sendall(PICKLE)
+
+
+def pickle_for_body(peer, rank):
+    """A frame that is whole, of a kind that is due and under the right MAC, with a pickle in it."""
+    peer.handshake()
+    peer.socket.sendall(peer.frame_of(1, PICKLE))
+
+
+def pickle_for_header(peer, rank):
+    winning(peer, rank)
+    peer.socket.sendall(PICKLE)
+
+
+def unbounded_snapshot(peer, rank):
+    winning(peer, rank)
+    header = {"generation": 0, "lineage": 0, "nbytes": 2**64 - 1, "scalars": {"k": 7.0}, "step": 5}
+    peer.socket.sendall(peer.frame_of(3, canonical_json(header)))
+
+
+def wrong_run(peer, rank):
+    peer.handshake().send(hello(rank.schema, run_id="another"))
 
 
 def replayed_frame(peer, rank):
@@ -145,7 +183,7 @@ def winning(peer, rank):
 
 def drips_payload(peer, rank):
     payload = winning(peer, rank)
-    peer.send(SnapshotHeader(5, 0, rank.schema.nbytes, {"k": 7.0}))
+    peer.send(SnapshotHeader(5, 0, 0, rank.schema.nbytes, {"k": 7.0}))
     for byte in payload:
         try:
             peer.socket.sendall(bytes([byte]))
@@ -157,14 +195,14 @@ def drips_payload(peer, rank):
 
 def half_a_payload(peer, rank):
     payload = winning(peer, rank)
-    peer.send(SnapshotHeader(5, 0, rank.schema.nbytes, {"k": 7.0}))
+    peer.send(SnapshotHeader(5, 0, 0, rank.schema.nbytes, {"k": 7.0}))
     peer.socket.sendall(payload[: len(payload) // 2])
     peer.socket.shutdown(socket.SHUT_WR)
 
 
 def leaves_before_end(peer, rank):
     payload = winning(peer, rank)
-    peer.send(SnapshotHeader(5, 0, rank.schema.nbytes, {"k": 7.0}))
+    peer.send(SnapshotHeader(5, 0, 0, rank.schema.nbytes, {"k": 7.0}))
     peer.socket.sendall(payload)
     peer.socket.shutdown(socket.SHUT_WR)
 
@@ -176,6 +214,12 @@ def header_with(**changes):
             peer.send_snapshot(rank.schema, payload, **changes)
 
     return script
+
+
+def stale_lineage(peer, rank):
+    """A HELLO of weights that were trained for longer than the snapshot's."""
+    peer.handshake().greet(hello(rank.schema, lineage=50))
+    peer.send(SnapshotHeader(5, 0, 49, rank.schema.nbytes, {"k": 7.0}))
 
 
 def payload_with(name, value):
@@ -197,48 +241,53 @@ def flipped_payload(peer, rank):
 
 def pickle_for_payload(peer, rank):
     winning(peer, rank)
-    peer.send(SnapshotHeader(5, 0, rank.schema.nbytes, {"k": 7.0}))
-    peer.socket.sendall((b"\x80\x04\x95cos\nsystem\n(S'true'\ntR." * rank.schema.nbytes)[: rank.schema.nbytes + 100])
+    peer.send(SnapshotHeader(5, 0, 0, rank.schema.nbytes, {"k": 7.0}))
+    peer.socket.sendall((PICKLE * rank.schema.nbytes)[: rank.schema.nbytes + 100])
 
 
 CALLERS = [
-    (stranger_garbage, Fault.BAD_MAGIC),
-    (stranger_leaves, Fault.CLOSED),
-    (stranger_version, Fault.WRONG_VERSION),
-    (stranger_without_secret, Fault.WRONG_SECRET),
-    (stranger_drips, Fault.DEADLINE),
-    (silent_after_handshake, Fault.DEADLINE),
-    (leaves_after_handshake, Fault.CLOSED),
-    (flips(-1), Fault.BAD_MAC),
-    (flips(40), Fault.BAD_MAC),
-    (flips(1), Fault.MALFORMED),
-    (oversize_length, Fault.OVERSIZE),
-    (half_a_frame, Fault.CLOSED),
-    (pickle_for_hello, Fault.MALFORMED),
-    (replayed_frame, Fault.BAD_SEQUENCE),
-    (reflected_frame, Fault.BAD_MAC),
-    (unexpected_message, Fault.UNEXPECTED),
-    (other_schema, Fault.SCHEMA_MISMATCH),
-    (taken_rank, Fault.RANK_TAKEN),
-    (other_decision, Fault.DECISION_DIFFERS),
-    (drips_payload, Fault.DEADLINE),
-    (half_a_payload, Fault.CLOSED),
-    (leaves_before_end, Fault.CLOSED),
-    (header_with(nbytes=2**63 - 1), Fault.BAD_SNAPSHOT),
-    (header_with(generation=1), Fault.BAD_SNAPSHOT),
-    (header_with(step=4), Fault.BAD_SNAPSHOT),
-    (header_with(scalars={"other": 1.0}), Fault.BAD_SNAPSHOT),
-    (payload_with("0.y", float("nan")), Fault.NOT_FINITE),
-    (payload_with("1.z", float("inf")), Fault.NOT_FINITE),
-    (payload_with("1.v", -1e-9), Fault.NEGATIVE_SECOND_MOMENT),
-    (flipped_payload, Fault.DIGEST_MISMATCH),
-    (pickle_for_payload, Fault.MALFORMED),
+    pytest.param(stranger_garbage, Fault.BAD_MAGIC),
+    pytest.param(stranger_leaves, Fault.CLOSED, marks=pytest.mark.injects(Injection.TRUNCATION)),
+    pytest.param(stranger_version, Fault.WRONG_VERSION, marks=pytest.mark.injects(Injection.WRONG_VERSION)),
+    pytest.param(stranger_without_secret, Fault.WRONG_SECRET),
+    pytest.param(stranger_drips, Fault.DEADLINE, marks=pytest.mark.injects(Injection.SLOW_HANDSHAKE)),
+    pytest.param(silent_after_handshake, Fault.DEADLINE),
+    pytest.param(leaves_after_handshake, Fault.CLOSED, marks=pytest.mark.injects(Injection.TRUNCATION)),
+    pytest.param(flips(-1), Fault.BAD_MAC, marks=pytest.mark.injects(Injection.BIT_FLIP)),
+    pytest.param(flips(40), Fault.BAD_MAC, marks=pytest.mark.injects(Injection.BIT_FLIP)),
+    pytest.param(flips(1), Fault.MALFORMED, marks=pytest.mark.injects(Injection.BIT_FLIP)),
+    pytest.param(oversize_length, Fault.OVERSIZE, marks=pytest.mark.injects(Injection.HUGE_LENGTH)),
+    pytest.param(half_a_frame, Fault.CLOSED, marks=pytest.mark.injects(Injection.TRUNCATION)),
+    pytest.param(pickle_for_hello, Fault.MALFORMED, marks=pytest.mark.injects(Injection.PICKLE)),
+    pytest.param(pickle_for_opening, Fault.BAD_MAGIC, marks=pytest.mark.injects(Injection.PICKLE)),
+    pytest.param(pickle_for_proof, Fault.WRONG_SECRET, marks=pytest.mark.injects(Injection.PICKLE)),
+    pytest.param(pickle_for_body, Fault.MALFORMED, marks=pytest.mark.injects(Injection.PICKLE)),
+    pytest.param(pickle_for_header, Fault.MALFORMED, marks=pytest.mark.injects(Injection.PICKLE)),
+    pytest.param(unbounded_snapshot, Fault.MALFORMED, marks=pytest.mark.injects(Injection.HUGE_LENGTH)),
+    pytest.param(wrong_run, Fault.WRONG_RUN, marks=pytest.mark.injects(Injection.WRONG_RUN)),
+    pytest.param(replayed_frame, Fault.BAD_SEQUENCE, marks=pytest.mark.injects(Injection.REPEATED_MESSAGE)),
+    pytest.param(reflected_frame, Fault.BAD_MAC, marks=pytest.mark.injects(Injection.REFLECTED_MESSAGE)),
+    pytest.param(unexpected_message, Fault.UNEXPECTED),
+    pytest.param(other_schema, Fault.SCHEMA_MISMATCH),
+    pytest.param(taken_rank, Fault.RANK_TAKEN, marks=pytest.mark.injects(Injection.RANK_TAKEN_TWICE)),
+    pytest.param(other_decision, Fault.DECISION_DIFFERS),
+    pytest.param(drips_payload, Fault.DEADLINE, marks=pytest.mark.injects(Injection.SLOW_TRANSFER)),
+    pytest.param(half_a_payload, Fault.CLOSED, marks=pytest.mark.injects(Injection.TRUNCATION)),
+    pytest.param(leaves_before_end, Fault.CLOSED, marks=pytest.mark.injects(Injection.TRUNCATION)),
+    pytest.param(header_with(nbytes=2**63 - 1), Fault.BAD_SNAPSHOT, marks=pytest.mark.injects(Injection.HUGE_LENGTH)),
+    pytest.param(header_with(generation=1), Fault.BAD_SNAPSHOT, marks=pytest.mark.injects(Injection.STALE_MESSAGE)),
+    pytest.param(header_with(step=4), Fault.BAD_SNAPSHOT, marks=pytest.mark.injects(Injection.STALE_MESSAGE)),
+    pytest.param(stale_lineage, Fault.BAD_SNAPSHOT, marks=pytest.mark.injects(Injection.STALE_MESSAGE)),
+    pytest.param(header_with(scalars={"other": 1.0}), Fault.BAD_SNAPSHOT),
+    pytest.param(payload_with("0.y", float("nan")), Fault.NOT_FINITE, marks=pytest.mark.injects(Injection.NAN)),
+    pytest.param(payload_with("1.z", float("inf")), Fault.NOT_FINITE, marks=pytest.mark.injects(Injection.INFINITY)),
+    pytest.param(payload_with("1.v", -1e-9), Fault.NEGATIVE_SECOND_MOMENT),
+    pytest.param(flipped_payload, Fault.DIGEST_MISMATCH, marks=pytest.mark.injects(Injection.BIT_FLIP)),
+    pytest.param(pickle_for_payload, Fault.MALFORMED, marks=pytest.mark.injects(Injection.PICKLE)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("script", "fault"), CALLERS, ids=[f"{n}-{f.name}" for n, (_, f) in enumerate(CALLERS)]
-)  # the number tells scripts of one fault apart
+@pytest.mark.parametrize(("script", "fault"), CALLERS, ids=numbered(CALLERS))
 def test_node_names_the_fault_of_a_hostile_caller_and_goes_on(tmp_path, script, fault):
     with ranks(Rank(tmp_path, 0, 3.0, merge_method="clonal", exchange_seconds=0.6)) as (rank,):
         rank.fitness = 2.0
@@ -312,20 +361,20 @@ def never_acknowledges(peer, rank):
 
 
 ANSWERERS = [
-    (answers_garbage, Fault.BAD_MAGIC),
-    (answers_nothing, Fault.DEADLINE),
-    (hangs_up, Fault.REFUSED),
-    (hangs_up_after_opening, Fault.REFUSED),
-    (answers_version, Fault.WRONG_VERSION),
-    (answers_without_secret, Fault.WRONG_SECRET),
-    (answers_with_receipt, Fault.UNEXPECTED),
-    (hangs_up_on_payload, Fault.CLOSED),
-    (rejects, Fault.REJECTED),
-    (never_acknowledges, Fault.DEADLINE),
+    pytest.param(answers_garbage, Fault.BAD_MAGIC),
+    pytest.param(answers_nothing, Fault.DEADLINE),
+    pytest.param(hangs_up, Fault.REFUSED),
+    pytest.param(hangs_up_after_opening, Fault.REFUSED),
+    pytest.param(answers_version, Fault.WRONG_VERSION, marks=pytest.mark.injects(Injection.WRONG_VERSION)),
+    pytest.param(answers_without_secret, Fault.WRONG_SECRET),
+    pytest.param(answers_with_receipt, Fault.UNEXPECTED),
+    pytest.param(hangs_up_on_payload, Fault.CLOSED, marks=pytest.mark.injects(Injection.TRUNCATION)),
+    pytest.param(rejects, Fault.REJECTED),
+    pytest.param(never_acknowledges, Fault.DEADLINE),
 ]
 
 
-@pytest.mark.parametrize(("script", "fault"), ANSWERERS, ids=[script.__name__ for script, _ in ANSWERERS])
+@pytest.mark.parametrize(("script", "fault"), ANSWERERS, ids=numbered(ANSWERERS))
 def test_node_names_the_fault_of_a_hostile_answerer_and_goes_on(tmp_path, script, fault):
     with socket.create_server(("127.0.0.1", 0)) as trap:
         trap.settimeout(PATIENCE)
@@ -333,7 +382,7 @@ def test_node_names_the_fault_of_a_hostile_answerer_and_goes_on(tmp_path, script
         with ranks(Rank(tmp_path, 0, 3.0, peers=(f"{host}:{port}",), exchange_seconds=0.6)) as (rank,):
             with Trainer(rank):
                 rank.fitness = 2.0
-                until(lambda: rank.node._hello().fitness)
+                until(lambda: rank.node._desk.published.fitness)
                 rank.call()
                 peer = RawPeer(trap.accept()[0], initiator=False)
                 script(peer, rank)
@@ -345,15 +394,11 @@ def test_node_names_the_fault_of_a_hostile_answerer_and_goes_on(tmp_path, script
             assert_answers(rank)
 
 
-def test_node_bounds_the_strangers_that_it_listens_to(tmp_path):
-    with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,):
-        idle = [socket.create_connection(rank.where, timeout=PATIENCE) for _ in range(32)]
-        until(lambda: rank.node._switchboard._strangers == 32)
-        extra = RawPeer.call(rank.where)
-        assert extra.closed()
-        for connection in idle:
-            connection.close()
-        until(lambda: counted(rank, failed=32) and rank.node._switchboard._strangers == 0)
+@pytest.mark.injects(Injection.FLOOD)
+def test_node_hears_a_peer_past_a_crowd_of_silent_strangers(tmp_path):
+    with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,), contextlib.ExitStack() as crowd:
+        for _ in range(100):
+            crowd.enter_context(socket.create_connection(rank.where, timeout=PATIENCE))
         assert_answers(rank)
 
 

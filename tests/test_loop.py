@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from bench.injection import Injection
 from tests.conftest import TINY
 from tests.test_resume import QUIET, metrics_rows, newest
 from training import optimizer
@@ -139,6 +140,7 @@ def test_losses_that_stay_non_finite_end_the_rank_with_an_error(run_train, monke
     assert "error: rank 0: losses stay non-finite" in capsys.readouterr().err
 
 
+@pytest.mark.injects(Injection.DISK_FULL)
 def test_a_full_disk_at_a_save_is_logged_and_training_goes_on(text, tmp_path):
     # A limit on the size of files fails the checkpoint (about 200 kB), in the middle of its writing, and nothing else.
     root = Path(__file__).parents[1]
@@ -188,14 +190,14 @@ def test_a_clone_brings_the_counters_and_a_reset_restarts_the_optimizer(run_trai
     (trainer,) = trainers
     assert trainer.parts.tracker.fitness is not None
     counters = trainer.weights.scalars()
-    trainer._weights_replaced(None)
+    trainer.weights_replaced(None, 3)
     assert trainer.weights.scalars() == counters
     assert trainer.parts.tracker.fitness is None  # what was measured described other weights
-    trainer._weights_replaced({**counters, "k": 7.0})
+    trainer.weights_replaced({**counters, "k": 7.0}, 3)
     assert trainer.weights.scalars()["k"] == 7
     trainer.options.population.gossip_optimizer_recombination = "reset"
     x = trainer.weights.averaged()
-    trainer._weights_replaced(None)
+    trainer.weights_replaced(None, 3)
     assert trainer.weights.scalars()["k"] == 0
     for name, tensor in trainer.weights.tensors().items():
         kind, parameter = name.split(".", 1)
@@ -210,6 +212,7 @@ def test_weights_that_are_not_finite_are_never_saved(run_train, trainers, tmp_pa
     trainer.weights.tensors()["y.token_emb.weight"][3, 3] = math.nan
     trainer.totals.step += 1
     trainer.save()
+    trainer.finish_save()
     assert sorted(run_dir.glob("*.pt")) == before
     assert "not finite" in (tmp_path / "gossip_logs" / "run_rank_0000.tsv").read_text()
 
@@ -225,6 +228,53 @@ def test_an_error_of_a_gossip_thread_saves_before_it_ends_the_rank(run_train, mo
     with pytest.raises(ZeroDivisionError):
         run_train("run", "--train_steps", "20", *QUIET)
     assert newest(tmp_path / "run")["step"] == 7
+
+
+def test_a_rank_whose_place_was_taken_saves_nothing_and_says_so_in_one_line(text, tmp_path):
+    script = (
+        "import train; from gossip.filesystem_coordinator import RankReplaced; from runtime.arguments import run_main\n"
+        "original = train.EvolutionaryNode.step_boundary\n"
+        "def boundary(self, step, *rest):\n"
+        "    if step == 6:\n"
+        "        raise RankReplaced('expected rank 0 to be this process alone, got another: end one of them')\n"
+        "    return original(self, step, *rest)\n"
+        "train.EvolutionaryNode.step_boundary = boundary\n"
+        "run_main(train.main)\n"
+    )
+    flags = ["--data", str(text), "--output", "run", *TINY, "--train_steps", "20", *QUIET]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: expected rank 0")]
+    assert "Traceback" not in done.stderr
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_steps_and_merges_count_what_lies_behind_the_weights(run_train, trainers):
+    run_dir = run_train("run", "--train_steps", "20", *QUIET)
+    (trainer,) = trainers
+    assert newest(run_dir)["training"]["totals"]["lineage"] == 20
+    assert [row["lineage"] for row in metrics_rows(run_dir)] == ["5", "10", "15", "20"]
+    trainer.weights_replaced(None, 12)
+    assert trainer.totals.lineage == 20  # a younger peer's add nothing
+    trainer.weights_replaced(None, 500)
+    assert trainer.totals.lineage == 500
+    trainer.train_step()
+    assert trainer.totals.lineage == 501
+
+
+def test_a_return_to_an_older_state_has_that_states_lineage(run_train, trainers):
+    run_train("run", "--train_steps", "20", *QUIET)
+    (trainer,) = trainers
+    trainer.totals.lineage = 900
+    trainer.event = lambda *_: None
+    recovery = Recovery(trainer)
+    for _ in range(3):
+        recovery.bad_step()
+    assert trainer.totals.lineage == 20
 
 
 def test_every_write_of_the_weights_waits_for_a_snapshot_in_flight(run_train, trainers, monkeypatch):

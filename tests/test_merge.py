@@ -1,10 +1,13 @@
 """Merging: what each method gives, what it keeps, and that it happens whole or not at all."""
 
+import math
+
 import pytest
 import torch
 
+from bench.injection import Injection
 from gossip import merge as merge_module
-from gossip.merge import merge, swap
+from gossip.merge import merge, merge_judged, swap, weight_norm
 from gossip.state import Rule, Schema, StateBuffer
 
 SHAPES = {"y": (40, 30), "z": (40, 30), "v": (40, 30), "bias.y": (7,)}
@@ -143,3 +146,72 @@ def test_merge_writes_parameters_in_place_and_needs_no_gradient():
     merge(live, SCHEMA, buffered(state(2)), buffered(state(3)), "recombination", 0.5)
     assert {name: tensor.data_ptr() for name, tensor in live.items()} == places
     assert all(tensor.grad is None and tensor.is_leaf for tensor in live.values())
+
+
+class Judge:
+    """A loss before a merge and one after it; an exception is raised instead."""
+
+    def __init__(self, *losses):
+        self.losses = list(losses)
+
+    def __call__(self):
+        loss = self.losses.pop(0)
+        if isinstance(loss, BaseException):
+            raise loss
+        return loss
+
+
+METHODS = ["clonal", "recombination", "average"]
+
+
+@pytest.mark.injects(Injection.HARMFUL_UPDATE)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("before", "after"), [(1.0, 1.2), (1.0, math.nan), (1.0, math.inf), (math.nan, math.nan)])
+def test_merge_judged_undoes_what_does_harm_bit_for_bit(method, before, after):
+    live, own, views = state(1), state(2), buffered(state(3))
+    kept, peer = clone(live), clone(views)
+    trial = merge_judged(live, SCHEMA, views, buffered(own), method, 0.5, Judge(before, after), 0.1)
+    assert not trial.kept and all(torch.equal(live[name], kept[name]) for name in SHAPES)
+    assert method != "clonal" or all(torch.equal(views[name], peer[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("before", "after"), [(1.0, 1.0), (1.0, 1.09), (1.0, 0.2), (math.nan, 9.0), (math.inf, 9.0)])
+def test_merge_judged_keeps_what_does_no_harm(method, before, after):
+    live, judged, own, peer = state(1), state(1), state(2), state(3)
+    merge(live, SCHEMA, buffered(peer), buffered(own), method, 0.5)
+    trial = merge_judged(judged, SCHEMA, buffered(peer), buffered(own), method, 0.5, Judge(before, after), 0.1)
+    assert trial.kept and trial.after == after
+    assert_same(judged, live)
+
+
+def test_merge_judged_judges_the_weights_before_and_after():
+    live = state(1)
+    means = [float(state(seed)["y"].mean()) for seed in (1, 3)]
+    trial = merge_judged(
+        live, SCHEMA, buffered(state(3)), None, "clonal", 0.5, lambda: float(live["y"].mean()), tolerance=9.0
+    )
+    assert [trial.before, trial.after] == means
+
+
+def test_merge_judged_without_a_judge_keeps_all():
+    live = state(1)
+    assert merge_judged(live, SCHEMA, buffered(state(3)), None, "clonal", 0.5, None, 0.1).kept
+    assert_same(live, state(3))
+
+
+@pytest.mark.parametrize("losses", [(MemoryError(),), (1.0, MemoryError())], ids=["before", "after"])
+def test_merge_judged_leaves_the_weights_when_the_judge_fails(losses):
+    live = state(1)
+    with pytest.raises(MemoryError):
+        merge_judged(live, SCHEMA, buffered(state(3)), state(2), "recombination", 0.5, Judge(*losses), 0.1)
+    assert_same(live, state(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_weight_norm_is_of_the_weights_alone(dtype):
+    tensors = {"y": torch.randn(40, 30) * 100, "z": torch.randn(7), "v": torch.rand(1000) * 1000}
+    live = {name: torch.nn.Parameter(tensor.to(dtype)) for name, tensor in tensors.items()}
+    rules = {"y": Rule.WEIGHT, "z": Rule.WEIGHT, "v": Rule.SECOND_MOMENT}
+    expected = math.sqrt(sum(float(live[name].detach().double().square().sum()) for name in "yz"))
+    assert weight_norm(live, Schema.of(live, rules, {})) == pytest.approx(expected, rel=1e-5)

@@ -1,4 +1,5 @@
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,25 @@ def test_metrics_have_the_documented_columns_and_na_for_what_is_missing(tmp_path
     assert tuple(row) == COLUMNS
     assert (row["rank"], row["step"], row["loss"]) == ("0", "10", "1.25")
     assert row["grad_norm"] == row["val_loss"] == row["lr"] == "NA"
+
+
+def test_metrics_columns_are_in_their_order():
+    assert COLUMNS[COLUMNS.index("failed") :] == (
+        "failed", "busy", "rolled_back", "lineage", "cpu_s", "bytes_sent", "bytes_received",
+    )  # fmt: skip
+
+
+def test_metrics_that_were_removed_are_begun_again_but_not_their_run(tmp_path):
+    metrics = MetricsFile(tmp_path / "run" / "metrics" / "rank_0000.tsv")
+    metrics.create()
+    metrics.append({"rank": 0, "step": 1})
+    shutil.rmtree(metrics.path.parent)
+    metrics.append({"rank": 0, "step": 2})
+    assert [row["step"] for row in rows(metrics.path)] == ["2"]
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FileNotFoundError):
+        metrics.append({"rank": 0, "step": 3})
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_create_refuses_to_overwrite(tmp_path):

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from bench.injection import Injection
 from gossip.faults import Fault, ProtocolError
 from gossip.network_utils import choose_address, connect, join_address, listen, parse_peer
 from runtime.errors import UserError
@@ -59,6 +60,7 @@ def test_listen_takes_a_port_on_that_address_alone():
             pass
 
 
+@pytest.mark.injects(Injection.PORT_TAKEN)
 def test_listen_refuses_a_taken_port_in_one_line():
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
@@ -67,6 +69,7 @@ def test_listen_refuses_a_taken_port_in_one_line():
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.injects(Injection.PORT_IN_TIME_WAIT)
 def test_listen_takes_a_port_again_whose_connections_linger():
     with listen("127.0.0.1", 0) as listener:
         listener.setblocking(True)
@@ -75,6 +78,8 @@ def test_listen_takes_a_port_again_whose_connections_linger():
         accepted, _ = listener.accept()
         accepted.close()  # closes first: its end of the connection stays in TIME_WAIT
         client.close()
+    with socket.socket() as careless, pytest.raises(OSError, match="in use"):
+        careless.bind(where)
     listen(*where).close()
 
 
@@ -109,10 +114,27 @@ def test_connect_reaches_a_listener_by_address_or_name(address):
         connection.close()
 
 
+def test_connect_takes_the_first_address_of_a_name_that_answers(monkeypatch):
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        stream = (socket.SOCK_STREAM, 0, "")
+        found = [
+            (socket.AF_INET, *stream, ("0.0.0.0", port)),
+            (socket.AF_INET6, *stream, ("::1", port, 0, 0)),
+            (socket.AF_INET, *stream, ("127.0.0.1", port)),
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        connection = asyncio.run(connect(f"host:{port}"))
+        assert connection.getpeername() == ("127.0.0.1", port)
+        connection.close()
+
+
+@pytest.mark.injects(Injection.UNRESOLVABLE_ADDRESS)
 def test_connect_names_the_fault_when_nobody_listens():
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-    for address in (f"127.0.0.1:{port}", "no.such.host.invalid:1", "not an address"):
+    long = f"127.0.0.1:{'1' * 5000}"
+    for address in (f"127.0.0.1:{port}", "no.such.host.invalid:1", "not an address", "a..b:1", "224.0.0.1:1", long):
         with pytest.raises(ProtocolError) as caught:
             asyncio.run(connect(address))
         assert caught.value.fault is Fault.UNREACHABLE

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.injection import Injection
+from gossip.decision import ADOPTION_SLACK_STEPS, decide
 from gossip.faults import Fault, ProtocolError
 from gossip.protocol import (
     HEADER_BYTES,
@@ -21,7 +23,6 @@ from gossip.protocol import (
     Hello,
     Receipt,
     SnapshotHeader,
-    decide,
     decode,
     decode_frame,
     decode_header,
@@ -32,11 +33,12 @@ from gossip.protocol import (
 )
 
 KEY = bytes(range(32))
-HELLO = Hello("run", "0f" * 32, 3, "ab" * 16, 500, 2, 1.25)
+HELLO = Hello("run", "0f" * 32, 3, "ab" * 16, 500, 2, 400, 1.25, True)
 MESSAGES = [
     HELLO,
     Decision(Flow.BOTH, "loss 1 against 2"),
-    SnapshotHeader(500, 2, 2**40, {"k": 500.0, "weight_sum": 0.1, "lr_max": 1e-300}),
+    Decision(Flow.RESPONDER_SENDS, "adopts: lineage 500 against 0", whole=True),
+    SnapshotHeader(500, 2, 400, 2**40, {"k": 500.0, "weight_sum": 0.1, "lr_max": 1e-300}),
     End("5a" * 32),
     Receipt(True),
     Receipt(False, Fault.NOT_FINITE),
@@ -44,6 +46,7 @@ MESSAGES = [
 ]
 KINDS = (Hello, Decision, SnapshotHeader, End, Receipt, Busy)
 ids = [type(message).__name__ for message in MESSAGES]
+_, DECISION, _, SNAPSHOT, END, ACCEPTED, REFUSED, _ = MESSAGES
 
 
 def open_frame(frame, sequence=0, key=KEY, expected=KINDS):
@@ -62,6 +65,7 @@ def test_frame_carries_its_message(message):
     assert open_frame(encode_frame(message, 7, KEY), sequence=7) == message
 
 
+@pytest.mark.injects(Injection.BIT_FLIP)
 @pytest.mark.parametrize("message", MESSAGES, ids=ids)
 def test_frame_with_any_bit_flipped_is_refused(message):
     frame = encode_frame(message, 0, KEY)
@@ -76,6 +80,7 @@ def test_frame_under_another_key_is_refused():
     assert fault_of(open_frame, encode_frame(HELLO, 0, bytes(32))) is Fault.BAD_MAC
 
 
+@pytest.mark.injects(Injection.REPEATED_MESSAGE)
 def test_frame_out_of_sequence_is_refused():
     assert fault_of(open_frame, encode_frame(HELLO, 0, KEY), 1) is Fault.BAD_SEQUENCE
 
@@ -84,6 +89,7 @@ def test_frame_of_a_kind_that_is_not_due_is_refused():
     assert fault_of(open_frame, encode_frame(HELLO, 0, KEY), 0, KEY, (Decision, End)) is Fault.UNEXPECTED
 
 
+@pytest.mark.injects(Injection.HUGE_LENGTH)
 @pytest.mark.parametrize("length", [65537, 2**32 - 1])
 def test_header_with_an_oversize_length_is_refused_by_itself(length):
     header = struct.pack(">BBHIQ", 1, 0, 0, length, 0)
@@ -117,7 +123,7 @@ def changed(message, **changes):
         (Hello, b"{}"),
         (Hello, b"[" * 60000),
         (Hello, b"\xff\xfe{\x00}\x00"),
-        (Hello, pickle.dumps({"run_id": "run"})),
+        pytest.param(Hello, pickle.dumps({"run_id": "run"}), marks=pytest.mark.injects(Injection.PICKLE)),
         (Hello, encode(HELLO) + b" "),
         (Hello, encode(HELLO).replace(b'"rank":3', b'"rank":3,"rank":3')),
         (Hello, encode(HELLO).replace(b"1.25", b"1.250")),
@@ -138,20 +144,29 @@ def changed(message, **changes):
         (Hello, changed(HELLO, schema_hash="0F" * 32)),
         (Hello, changed(HELLO, incarnation="ab" * 15)),
         (Hello, changed(HELLO, extra=1)),
-        (Decision, changed(MESSAGES[1], flow="sideways")),
-        (Decision, changed(MESSAGES[1], flow=["both send"])),
-        (SnapshotHeader, changed(MESSAGES[2], scalars={"k": float("nan")})),
-        (SnapshotHeader, changed(MESSAGES[2], scalars={"k": 1})),
-        (SnapshotHeader, changed(MESSAGES[2], scalars={"k": -5.0})),
-        (SnapshotHeader, changed(MESSAGES[2], scalars={"k": 1e200})),
-        (SnapshotHeader, changed(MESSAGES[2], scalars={str(n): 1.0 for n in range(65)})),
-        (SnapshotHeader, changed(MESSAGES[2], scalars=[1.0])),
-        (SnapshotHeader, changed(MESSAGES[2], nbytes=-1)),
-        (End, changed(MESSAGES[3], digest="5a" * 31)),
-        (Receipt, changed(MESSAGES[4], accepted=1)),
-        (Receipt, changed(MESSAGES[4], accepted=False)),
-        (Receipt, changed(MESSAGES[5], fault="tired")),
-        (Receipt, changed(MESSAGES[5], accepted=True)),
+        (Decision, changed(DECISION, flow="sideways")),
+        (Hello, changed(HELLO, lineage=-1)),
+        (Hello, changed(HELLO, lineage=None)),
+        (Hello, changed(HELLO, accepts=1)),
+        (Hello, changed(HELLO, accepts="true")),
+        (Decision, changed(DECISION, flow=["both send"])),
+        (Decision, changed(DECISION, whole=0)),
+        (SnapshotHeader, changed(SNAPSHOT, lineage=2**63)),
+        pytest.param(
+            SnapshotHeader, changed(SNAPSHOT, nbytes=2**64 - 1), marks=pytest.mark.injects(Injection.HUGE_LENGTH)
+        ),
+        (SnapshotHeader, changed(SNAPSHOT, scalars={"k": float("nan")})),
+        (SnapshotHeader, changed(SNAPSHOT, scalars={"k": 1})),
+        (SnapshotHeader, changed(SNAPSHOT, scalars={"k": -5.0})),
+        (SnapshotHeader, changed(SNAPSHOT, scalars={"k": 1e200})),
+        (SnapshotHeader, changed(SNAPSHOT, scalars={str(n): 1.0 for n in range(65)})),
+        (SnapshotHeader, changed(SNAPSHOT, scalars=[1.0])),
+        (SnapshotHeader, changed(SNAPSHOT, nbytes=-1)),
+        (End, changed(END, digest="5a" * 31)),
+        (Receipt, changed(ACCEPTED, accepted=1)),
+        (Receipt, changed(ACCEPTED, accepted=False)),
+        (Receipt, changed(REFUSED, fault="tired")),
+        (Receipt, changed(REFUSED, accepted=True)),
         (Busy, b"[]"),
     ],
 )
@@ -193,8 +208,8 @@ def test_decode_opening_raises_only_protocol_errors(message):
         decode_opening(message)
 
 
-def fit(fitness):
-    return Hello("run", "0f" * 32, 3, "ab" * 16, 500, 2, fitness)
+def fit(fitness, lineage=400, accepts=True):
+    return Hello("run", "0f" * 32, 3, "ab" * 16, 500, 2, lineage, fitness, accepts)
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
@@ -220,4 +235,41 @@ def test_decide_calls_equal_fitness_a_tie(method):
     ],
 )
 def test_decide_lets_the_lower_loss_win(method, ours, theirs, flow):
-    assert decide(fit(ours), fit(theirs), method).flow is flow
+    decision = decide(fit(ours), fit(theirs), method)
+    assert decision.flow is flow and decision.whole == (method == "clonal")
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+@pytest.mark.parametrize("young", [0, 1, 450])
+@pytest.mark.parametrize("fitness", [(None, None), (0.1, 2.0), (2.0, 0.1), (1.0, 1.0), (0.1, None), (None, 0.1)])
+def test_decide_gives_the_younger_the_elders_weights_whole_whatever_the_fitness(method, young, fitness):
+    younger, elder = fit(fitness[0], young), fit(fitness[1], 1001)
+    reason = f"adopts: lineage 1001 against {young}"
+    assert decide(younger, elder, method) == Decision(Flow.RESPONDER_SENDS, reason, whole=True)
+    assert decide(elder, younger, method) == Decision(Flow.INITIATOR_SENDS, reason, whole=True)
+
+
+@pytest.mark.parametrize(("young", "old"), [(0, 100), (50, 200), (450, 1000), (7, 7)])
+def test_decide_tells_ranks_of_about_one_lineage_apart_by_fitness(young, old):
+    younger = fit(1.0, young)
+    assert decide(younger, fit(2.0, old), "recombination").flow is Flow.INITIATOR_SENDS
+    assert decide(younger, fit(2.0, old), "average").flow is Flow.BOTH
+    assert decide(younger, fit(2.0, 2 * young + ADOPTION_SLACK_STEPS + 1), "average").flow is Flow.RESPONDER_SENDS
+
+
+@pytest.mark.parametrize("method", ["clonal", "recombination"])
+@pytest.mark.parametrize(("lineage", "fitness"), [(400, 2.0), (0, None)], ids=["loser", "fresh"])
+def test_decide_sends_nothing_to_a_rank_that_does_not_accept_it(method, lineage, fitness):
+    elder, wary, willing = fit(1.0), fit(fitness, lineage, accepts=False), fit(fitness, lineage)
+    assert decide(wary, elder, method) == decide(elder, wary, method) == Decision(Flow.NONE, "not accepted")
+    assert decide(willing, fit(1.0, accepts=False), method).flow is Flow.RESPONDER_SENDS  # the other way stays open
+
+
+@pytest.mark.parametrize("wary", ["caller", "answerer", "both"])
+def test_decide_averages_only_if_both_accept(wary):
+    caller, answerer = fit(1.0, accepts=wary == "answerer"), fit(2.0, accepts=wary == "caller")
+    assert decide(caller, answerer, "average") == Decision(Flow.NONE, "not accepted")
+
+
+def test_decide_says_what_it_would_have_said_when_nothing_was_to_travel():
+    assert decide(fit(1.0, accepts=False), fit(None), "average") == Decision(Flow.NONE, "fitness unknown")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from bench.injection import Injection
 from runtime.errors import UserError
 from training.checkpoint import list_checkpoints, read_checkpoint
 
@@ -50,9 +51,10 @@ def test_resume_10_and_10_steps_equal_20_bit_for_bit(run_train, flags):
     one, other = newest(whole), newest(parts)
     for content in (one, other):
         assert content["step"] == 20
-        content["training"]["totals"].pop("seconds")
+        for name in ("seconds", "cpu_seconds"):
+            content["training"]["totals"].pop(name)
     assert_same(one, other)
-    changing = ("time_s", "bytes_per_s")
+    changing = ("time_s", "bytes_per_s", "cpu_s")
     for a, b in zip(metrics_rows(whole), metrics_rows(parts), strict=True):
         assert {k: v for k, v in a.items() if k not in changing} == {k: v for k, v in b.items() if k not in changing}
 
@@ -186,3 +188,91 @@ def test_seed_repeats_a_run_and_another_seed_differs(run_train, seed):
     assert_same(one["training"]["tensors"], again["training"]["tensors"])
     name = "y.token_emb.weight"
     assert not torch.equal(one["training"]["tensors"][name], other["training"]["tensors"][name])
+
+
+@pytest.fixture
+def restarted(monkeypatch):
+    """restarted() makes what follows the second start of a rank, as its launcher says."""
+    return lambda: monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+@pytest.fixture
+def seekers(monkeypatch) -> list:
+    """The nodes that were told to seek a peer."""
+    found = []
+    monkeypatch.setattr(train.EvolutionaryNode, "seek", lambda self: found.append(self))
+    return found
+
+
+@pytest.mark.injects(Injection.RESTART)
+def test_a_restarted_rank_goes_on_in_its_output_with_the_flags_given(run_train, restarted, seekers):
+    run_dir = run_train("run", "--train_steps", "10", *QUIET)
+    restarted()
+    run_train("run", "--train_steps", "20", *QUIET)
+    assert [row["step"] for row in metrics_rows(run_dir)] == ["5", "10", "15", "20"]
+    assert newest(run_dir)["training"]["totals"]["lineage"] == 20
+    log = (run_dir.parent / "logs" / "train_run_rank_0000.log").read_text()
+    assert "resumed checkpoint_rank_0000_step_000010" in log
+    assert seekers == []  # it has weights of its own
+    with pytest.raises(UserError, match="--dim"):
+        run_train("run", "--dim", "32")
+
+
+def test_a_restarted_rank_that_began_from_a_file_goes_on_from_its_own(run_train, restarted):
+    run_train("first", "--train_steps", "12", *QUIET)
+    run_dir = run_train("second", "--train_steps", "2", "--init_from", "first", *QUIET)
+    restarted()
+    run_train("second", "--train_steps", "4", "--init_from", "first", *QUIET)
+    assert newest(run_dir)["step"] == newest(run_dir)["training"]["totals"]["lineage"] == 4
+
+
+@pytest.mark.injects(Injection.FRESH_RESTART)
+@pytest.mark.parametrize("lost", ["removed", "broken"])
+def test_a_restarted_rank_begins_again_where_nobody_has_a_checkpoint(run_train, restarted, seekers, capsys, lost):
+    run_dir = run_train("run", "--train_steps", "10", *QUIET)
+    for path in run_dir.glob("*.pt"):
+        path.write_bytes(b"broken") if lost == "broken" and not path.is_symlink() else path.unlink()
+    restarted()
+    run_train("run", "--train_steps", "5", *QUIET)
+    assert [row["lineage"] for row in metrics_rows(run_dir)] == ["5"]
+    assert newest(run_dir)["training"]["totals"]["lineage"] == 5
+    assert len(seekers) == 1  # with peers, it would take theirs at the first conversation
+    assert ("passes over" in capsys.readouterr().err) == (lost == "broken")
+
+
+def test_a_resumed_run_without_a_checkpoint_is_a_mistake_if_it_was_not_restarted(run_train):
+    run_dir = run_train("run", "--train_steps", "10", *QUIET)
+    for path in run_dir.glob("*.pt"):
+        path.unlink()
+    with pytest.raises(UserError, match="none"):
+        train.main(["--resume", "run"])
+
+
+@pytest.mark.injects(Injection.FRESH_RESTART)
+def test_a_restarted_rank_without_a_checkpoint_takes_the_best_of_the_others(run_train, restarted, seekers, monkeypatch):
+    for rank in (1, 0):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        run_dir = run_train("run", "--train_steps", "20" if rank else "2", *QUIET)
+    for file in list_checkpoints(run_dir):
+        if file.rank == 0:
+            file.path.unlink()
+    restarted()
+    run_train("run", "--train_steps", "21", "--lr", "1e-30", *QUIET)
+    old, new = newest(run_dir, rank=1), newest(run_dir)
+    assert (new["step"], new["training"]["totals"]["lineage"]) == (21, 21)
+    base = [name for name in old["training"]["tensors"] if name.startswith("z.")]  # not moved by such a rate
+    assert_same(*({name: content["training"]["tensors"][name] for name in base} for content in (old, new)))
+    assert old["training"]["lanes"] != new["training"]["lanes"]
+    assert seekers == []
+
+
+def test_a_rank_killed_before_the_run_was_described_starts_in_its_place_again(run_train, restarted):
+    run_dir = run_train("run", "--train_steps", "1", *QUIET)
+    for path in (*run_dir.glob("*.pt"), run_dir / "config.json"):
+        path.unlink()
+    with pytest.raises(UserError, match="--resume"):
+        run_train("run", "--train_steps", "2", *QUIET)
+    restarted()
+    run_train("run", "--train_steps", "2", *QUIET)
+    assert newest(run_dir)["step"] == 2 and (run_dir / "config.json").exists()

@@ -5,8 +5,9 @@ import sys
 import threading
 from pathlib import Path
 
+from runtime.files import temporary_name
 from training.checkpoint import checkpoint_name, list_checkpoints
-from training.retention import RetentionPolicy, plan, tidy
+from training.retention import RetentionPolicy, disk_use, plan, remove_leftovers, tidy
 
 
 def make(run_dir: Path, *files: tuple[int, int, float | None]) -> None:
@@ -130,3 +131,55 @@ def test_tidy_by_two_threads_of_one_rank_at_once_does_no_harm(tmp_path):
         thread.join()
     assert errors == []
     assert {file.path for file in list_checkpoints(tmp_path)} == plan(list_checkpoints(tmp_path), policy)[0]
+
+
+def test_leftovers_of_dead_writers_and_of_this_rank_go_and_others_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    here = temporary_name(tmp_path / "x").name.split(".")[2]
+    make(tmp_path, (0, 1, 1.0), (1, 1, 1.0))
+    kept = [f".checkpoint_rank_0001_step_000002_loss_NA.pt.elsewhere.{dead.pid}.1.tmp", "notes.tmp", ".hidden",
+            f".ranking.json.{here}.{os.getpid()}.1.tmp"]  # fmt: skip
+    gone = [f".checkpoint_rank_0000_step_000002_loss_NA.pt.elsewhere.{dead.pid}.1.tmp",
+            f".checkpoint_rank_0001_step_000003_loss_NA.pt.{here}.{dead.pid}.1.tmp",
+            f".retired_checkpoint_rank_0000_step_000003_loss_NA.pt.{here}.{dead.pid}.1.tmp"]  # fmt: skip
+    inner = [f"population/.rank_0001.json.{here}.{dead.pid}.1.tmp", f"metrics/.rank_0000.tsv.{here}.{dead.pid}.1.tmp"]
+    for folder in ("population", "metrics"):
+        (tmp_path / folder).mkdir()
+    for name in (*kept, *gone, *inner):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, 0)
+    assert all((tmp_path / name).exists() for name in kept)
+    assert not any((tmp_path / name).exists() for name in (*gone, *inner))
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_retiring_a_ranks_checkpoint_is_no_leftover_of_that_rank(tmp_path, monkeypatch):
+    make(tmp_path, (1, 1, 1.0), (1, 2, 1.0))
+
+    def link(source, target) -> None:
+        remove_leftovers(tmp_path, 1)  # that rank starts, in the middle of another's tidying
+        original(source, target)
+
+    original = os.link
+    monkeypatch.setattr(os, "link", link)
+    tidy(tmp_path, RetentionPolicy(1, 0, archive_rate=1.0), random.Random(0))
+    assert (tmp_path / "archive_001.pt").read_text() == "1 1"
+
+
+def test_disk_use_says_what_a_run_may_take(tmp_path):
+    policy = RetentionPolicy(keep_checkpoints=2, keep_elite=5, archive_rate=0.0)
+    assert disk_use(tmp_path, policy, 4_400_000, 4) == "checkpoints: 4.4 MB each, at most 74.8 MB for 4 ranks"
+    make(tmp_path, (7, 1, 1.0))  # of a rank that is no more
+    assert disk_use(tmp_path, policy, 4_400_000, 4) == "checkpoints: 4.4 MB each, at most 83.6 MB for 4 ranks"
+    alone = disk_use(tmp_path, RetentionPolicy(1, 0, archive_rate=0.5), 1000, 1)
+    assert alone == "checkpoints: 0.0 MB each, at most 0.0 MB for 1 rank, beside the archive"
+
+
+def test_what_tidy_keeps_stays_within_the_bound_of_disk_use(tmp_path):
+    policy, dice = RetentionPolicy(keep_checkpoints=2, keep_elite=3, archive_rate=0.0), random.Random(2)
+    for step in range(100):
+        make(tmp_path, *((rank, step, dice.random()) for rank in range(4)))  # all ranks save at once
+        assert len(list_checkpoints(tmp_path)) <= 4 * 2 + 3 + 4
+        tidy(tmp_path, policy, dice)
+        assert len(list_checkpoints(tmp_path)) <= 4 * 2 + 3

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from bench.injection import Injection
 from gossip.faults import Fault
-from gossip.state import ALIGNMENT, Rule, Schema, StateBuffer, payload_fault
+from gossip.state import ALIGNMENT, Rule, Schema, StateBuffer, payload_fault, weight_energy
 
 TERMS = {"sf_beta": 0.9, "merge_method": "average"}
 
@@ -20,6 +21,7 @@ def test_schema_hash_is_the_same_for_the_same_state():
     assert schema_of({"y": torch.ones(3)}).hash == schema_of({"y": torch.zeros(3)}, terms=dict(TERMS)).hash
 
 
+@pytest.mark.injects(Injection.WRONG_NAMES, Injection.WRONG_SHAPE, Injection.WRONG_DTYPE)
 @pytest.mark.parametrize(
     "other",
     [
@@ -77,6 +79,7 @@ def test_state_buffer_of_received_bytes_shows_the_sent_tensors():
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.injects(Injection.NAN, Injection.INFINITY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("name", "value", "fault"),
@@ -109,3 +112,24 @@ def test_payload_fault_refuses_what_a_merge_could_overflow_with(value):
     buffer = StateBuffer(schema)
     buffer.copy_from(tensors)
     assert payload_fault(schema, 0, buffer.bytes) is Fault.NOT_FINITE
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_energy_sums_the_squares_of_weights_alone_piece_by_piece(dtype):
+    tensors = {"y": torch.randn(1000), "v": torch.rand(1000) * 100, "z": torch.randn(70, 3) * 200}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    schema = schema_of(tensors, ["v"])
+    buffer = StateBuffer(schema)
+    buffer.copy_from(tensors)
+    expected = sum(float(tensors[name].double().square().sum()) for name in "yz")
+    assert expected > 65504  # more than a half could hold
+    assert weight_energy(schema, 0, buffer.bytes) == pytest.approx(expected, rel=1e-5)
+    pieces = [weight_energy(schema, at, buffer.bytes[at : at + 192]) for at in range(0, schema.nbytes, 192)]
+    assert sum(pieces) == pytest.approx(expected, rel=1e-5)
+
+
+def test_weight_energy_of_what_single_precision_cannot_square_is_infinite():
+    schema = schema_of({"y": torch.full((64,), 1e30)}, [])
+    buffer = StateBuffer(schema)
+    buffer.copy_from({"y": torch.full((64,), 1e30)})
+    assert weight_energy(schema, 0, buffer.bytes) == math.inf

@@ -1,6 +1,8 @@
 """Each flag of train.py that the other tests do not show at work, and each mistake that it refuses."""
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +116,25 @@ def test_save_every_and_keep_checkpoints_without_weighting_are_exact(run_train):
     assert sorted(path.name for path in run_dir.glob("elite_*")) == ["elite_01.pt"]
     run_dir = run_train("archived", "--keep_checkpoints", "1", "--keep_elite", "0", "--archive_rate", "1", *flags)
     assert len(list(run_dir.glob("archive_*.pt"))) == 4
+
+
+def test_disk_use_is_said_at_the_start_and_holds_at_every_step(run_train, monkeypatch, tmp_path):
+    taken, step = [], loop.Trainer.train_step
+
+    def measured(self) -> bool:
+        taken.append(0)
+        for path in Path("run").glob("*checkpoint_rank_*"):
+            with contextlib.suppress(FileNotFoundError):  # just retired, beside the training
+                taken[-1] += path.lstat().st_size
+        return step(self)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", measured)
+    flags = ["--no_fitness_weighted_checkpointing", "--save_every", "1", "--keep_elite", "3", "--val_every", "0"]
+    run_train("run", "--train_steps", "60", "--gossip_fitness_decay", "0.1", "--dim", "128", *flags)
+    log = (tmp_path / "logs" / "train_run_rank_0000.log").read_text()
+    each, most = re.search(r"checkpoints: ([\d.]+) MB each, at most ([\d.]+) MB for 1 rank", log).groups()
+    assert float(most) == pytest.approx((2 + 3 + 1) * float(each), abs=0.3)
+    assert 2.5 * float(each) < max(taken) / 1e6 <= float(most)
 
 
 def test_save_every_with_weighting_is_a_mean_distance(run_train):

@@ -43,7 +43,7 @@ class Run:
     def record(self, rank):
         return {
             "step": 1000 + rank, "fitness": 1.5 + rank, "best_fitness": math.log(2) * (1 + rank),
-            "bytes_per_s": 12345.0, "won": 11, "lost": 22, "tied": 33, "failed": 44, "busy": 55,
+            "bytes_per_s": 12345.0, "won": 11, "lost": 22, "tied": 33, "failed": 44, "busy": 55, "rolled_back": 66,
         }  # fmt: skip
 
     def beat(self, *ranks):
@@ -70,8 +70,8 @@ def test_watch_once_prints_every_rank(run, capsys):
         run.beat()
     watch.main([str(run.path), "--once"])
     rows = cells(capsys.readouterr().out)
-    assert rows[0] == ["0", "leads", "1.000", "0.693", "2.000", "1,000", "12.3", "11", "22", "33", "44", "55"]
-    assert rows[1] == ["1", "running", "2.000", "1.386", "2.000", "1,001", "12.3", "11", "22", "33", "44", "55"]
+    assert rows[0] == ["0", "leads", "1.000", "0.693", "2.000", "1,000", "12.3", "11", "22", "66", "33", "44", "55"]
+    assert rows[1] == ["1", "running", "2.000", "1.386", "2.000", "1,001", "12.3", "11", "22", "66", "33", "44", "55"]
     assert len(rows) == 3
 
 
@@ -162,7 +162,7 @@ def test_watch_reads_metrics_alone_where_there_is_no_registry(run, capsys):
     for path in (run.path / "population").iterdir():
         path.unlink()
     watch.main([str(run.path), "--once"])
-    assert cells(capsys.readouterr().out)[0] == ["0", "unknown", "3.607", "2.500", "2.000", "210", *"------"]
+    assert cells(capsys.readouterr().out)[0] == ["0", "unknown", "3.607", "2.500", "2.000", "210", *"-------"]
 
 
 def test_watch_survives_torn_files(run):

@@ -1,8 +1,9 @@
 """Checkpoints: one file that resumes training exactly and from which anyone can load the weights to use.
 
 A file holds `model_config`, `model_state_dict` (the averaged weights: what one evaluates and generates from), `step`,
-`loss` (the fitness that ranks the population; None if it was not known), and `training` (everything that
-resuming needs). It is read with weights_only=True: a checkpoint can not run code.
+`loss` (the fitness that ranks the population; None if it was not known), and `training` (everything that resuming
+needs). It ends with a digest (training/digest.py), which is checked before anything is parsed, and it is read with
+weights_only=True: a checkpoint can not run code.
 """
 
 import pickle
@@ -13,12 +14,15 @@ from typing import Any
 
 import torch
 
+from gossip.state import Schema
 from mingru.foreign import convert
-from mingru.minLM import MinLM, ModelConfig
+from mingru.minLM import MinLM, MinLMState, ModelConfig
 from runtime.errors import UserError
 from runtime.files import atomic_writer
+from training.digest import SealedFile, is_sealed
 
-FORMAT = "gruboros checkpoint 1"
+_FORMATS = "gruboros checkpoint "
+FORMAT = f"{_FORMATS}2"
 _NAME = re.compile(r"checkpoint_rank_(\d{4,})_step_(\d{6,})_loss_(\d+\.\d{4}|NA)\.pt")
 
 
@@ -80,22 +84,35 @@ def save_checkpoint(
         "training": training,
     }
     with atomic_writer(path) as file:
+        sealed = SealedFile(file)
         try:
-            torch.save(content, file)
+            torch.save(content, sealed)
         except RuntimeError as error:
             # torch's writer reports a failed write in its own words; the file system's are clearer.
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        sealed.seal()
     return path
+
+
+def checkpoint_bytes(schema: Schema, parameters: int, state: MinLMState) -> int:
+    """What a checkpoint takes on disk, at most: tensors by `schema`, averaged weights, and a hidden state."""
+    states = sum(tensor.nbytes for tensor in state if tensor is not None)
+    structure = 64 * 1024 + 1024 * len(schema.tensors)  # names, shapes, counters, generators
+    return schema.nbytes + 4 * parameters + states + structure
 
 
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     """The content of a .pt file, tensors on the CPU; mapped: their bytes are read when touched.
 
     A mapped file must stay: where another host may remove it, touching it later would kill the process.
-    Raises CheckpointError for a file that is missing, unreadable, truncated, or needs more than weights_only.
+    Raises CheckpointError for a file that is missing, unreadable, truncated, changed since it was written, or needs
+    more than weights_only.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        behind = path.resolve()  # what a link of the run leads to may change, and what a checkpoint's own name does not
+        with open(behind, "rb") as file:
+            sealed = is_sealed(file)
+            content = torch.load(behind if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"expected a checkpoint at {path}, got no such file: check the path") from None
     except _DAMAGE as error:
@@ -103,7 +120,10 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
         raise CheckpointError(f"expected a whole checkpoint, got {path} ({reason}): choose another file") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"expected a checkpoint, got a {type(content).__name__} in {path}: choose another file")
-    if content.get("format") == FORMAT and not _OWN_KEYS <= content.keys():
+    ours = str(content.get("format", "")).startswith(_FORMATS)
+    if ours and (content["format"] != FORMAT or not sealed):
+        raise CheckpointError(f"expected a checkpoint with its digest, got {path} without: choose another file")
+    if ours and not _OWN_KEYS <= content.keys():
         raise CheckpointError(f"expected a whole checkpoint, got {path} without some of its parts: choose another file")
     return content
 

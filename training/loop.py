@@ -1,6 +1,6 @@
 """Trainer: owns a rank's model and optimizer; training, validating, saving and meeting the population.
 
-Everything here runs on the training thread. Shape letters: B lanes, T bytes of a chunk, S = T + 1, V byte values.
+Everything here runs on the training thread.
 """
 
 import dataclasses
@@ -11,37 +11,44 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode
+from gossip.filesystem_coordinator import RankReplaced
 from gossip.fitness_tracker import FitnessTracker
 from gossip.state import Schema
 from mingru.minLM import MinLM, MinLMState
 from runtime.signals import SignalFlags
-from training.checkpoint import CheckpointError, save_checkpoint
-from training.data import Chunk, LaneReader, Region, validation_chunks
+from training.checkpoint_writer import CheckpointWriter, Moment, Saved
+from training.data import LaneReader, Region, validation_chunks
+from training.losses import averaged_loss, chunk_loss
 from training.metrics import MetricsFile, Progress, RunLog, bits
 from training.optimizer import TrainedWeights
 from training.options import Options
-from training.population import is_among_worst, merge_elite, save_chance, standing_of
+from training.population import save_chance, standing_of
+from training.probe import Probe
 from training.recovery import Recovery, TrainingDiverged
+from training.rejuvenation import Rejuvenation
 from training.resume import capture
 from training.run_directory import RunDirectory
 
 
 @dataclass
 class Totals:
-    """What a rank has done since its run began. bytes_seen: targets trained on; seconds: of training, all launches."""
+    """What a rank has done since its run began.
+
+    seconds: of training, all launches; cpu_seconds: the training thread's own of these; bytes_seen: targets trained on;
+    lineage: optimizer steps of this run behind the weights, own or, after a merge, inherited.
+    """
 
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     bytes_seen: int = 0
     documents: int = 0
+    lineage: int = 0
 
 
 @dataclass
@@ -56,13 +63,14 @@ class Parts:
     schema: Schema
     lanes: LaneReader
     held_out: Region | None
+    probe: Probe
+    writer: CheckpointWriter
     node: EvolutionaryNode
     tracker: FitnessTracker
     signals: SignalFlags
     metrics: MetricsFile
     log: RunLog
     events: EventLog
-    tidy: Callable[[], None]
     initial_weights: Callable[[], dict[str, Tensor]]
 
 
@@ -83,6 +91,7 @@ class Trainer:
         self.grad_norm: float | None = None
         self.bytes_per_s: float | None = None
         self._recovery = Recovery(self)
+        self._rejuvenation = Rejuvenation(self)
         self.saved_step: int | None = None
         self._save_due = False
 
@@ -93,7 +102,7 @@ class Trainer:
         state, total = self.state, 0.0
         for _ in range(chunks):
             chunk = self.parts.lanes.next_chunk()
-            loss, state = self._chunk_loss(self.model, chunk, state)
+            loss, state = chunk_loss(self.model, chunk, state, self.parts.device)
             (loss / chunks).backward()
             state = state.detach()
             total = total + loss.detach()
@@ -104,60 +113,41 @@ class Trainer:
         loss = float(total) / chunks
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
-            self.parts.node.before_write()
+            self.before_write()
             self.weights.step()
             self.state, self.loss, self.grad_norm = state, loss, grad_norm
             self.totals.step += 1
+            self.totals.lineage += 1
             self.parts.tracker.observe(loss)
         self.model.zero_grad(set_to_none=True)
         return finite
 
-    @torch.no_grad()
+    def before_write(self) -> None:
+        """Before the weights are written: on a GPU, let the write wait for copies of them that are still being made."""
+        self.parts.node.before_write()
+        self.parts.writer.before_write()
+
     def validate(self) -> float:
         """Loss of the averaged weights over the held-out bytes, nats per byte; training's weights stay untouched."""
-        averaged = self.weights.averaged()
-
-        def model(*inputs: Any) -> tuple[Tensor, MinLMState]:
-            return functional_call(self.model, averaged, inputs)
-
-        self.model.eval()
-        data, total, count, state = self.options.data, 0.0, 0, None
-        for chunk in validation_chunks(self.parts.held_out, data.batch_size, data.chunk_size, data.val_bytes):
-            loss, state = self._chunk_loss(model, chunk, state)
-            total += float(loss) * chunk.reset_BT.size
-            count += chunk.reset_BT.size
-        return total / count
-
-    def _chunk_loss(self, model: Callable, chunk: Chunk, state: MinLMState | None) -> tuple[Tensor, MinLMState]:
-        """Mean loss over a chunk's targets, nats per byte, and the state after it. The bytes travel as uint8."""
-        ids_BS = self._to_device(chunk.ids_BS)
-        reset_BT = self._to_device(chunk.reset_BT) if chunk.reset_BT.any() else None  # most chunks are in one document
-        logits_BTV, state = model(ids_BS[:, :-1], state, reset_BT)
-        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BS[:, 1:].flatten().long()), state
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.parts.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.parts.device, non_blocking=True)
+        data = self.options.data
+        chunks = validation_chunks(self.parts.held_out, data.batch_size, data.chunk_size, data.val_bytes)
+        return averaged_loss(self.model, self.weights, chunks, self.parts.device)
 
     def run(self, deadline: float = math.inf, progress: Progress | None = None) -> None:
-        """Train until --train_steps, `deadline` (on time.monotonic) or a stop signal; then save.
+        """Train until --train_steps, `deadline` (on time.monotonic) or a stop signal; then save, and wait for it.
 
-        Raises TrainingDiverged. After any other error, a broken gossip thread's say, it saves before it raises.
+        Raises TrainingDiverged, RankReplaced. After any other error, a broken gossip thread's say, it saves before it
+        raises.
         """
         try:
             self._train(deadline, progress)
-        except TrainingDiverged:
+        except (TrainingDiverged, RankReplaced):
+            self.finish_save()
             raise
         except Exception:
-            self.save("ended by an error")
+            self._save_last("ended by an error")
             raise
-        why = "stopped by a signal" if self.parts.signals.stop else "end of the budget"
-        if self.totals.step == self.saved_step:
-            self._line(f"{why}, and saved already")
-        else:
-            self.save(why)
+        self._save_last("stopped by a signal" if self.parts.signals.stop else "end of the budget")
 
     def _train(self, deadline: float, progress: Progress | None) -> None:
         options, signals, totals = self.options.run, self.parts.signals, self.totals
@@ -165,7 +155,7 @@ class Trainer:
         if totals.step >= last_step:
             self._line(f"nothing to do: --train_steps {last_step} is reached")
         self._meet_population()  # so that the others know where it stands before its first step is done
-        before = time.monotonic()
+        before, cpu_before = time.monotonic(), time.thread_time()
         logged_time, logged_bytes = before, totals.bytes_seen
         while totals.step < last_step and before < deadline and not signals.stop:
             if self.train_step():
@@ -178,89 +168,83 @@ class Trainer:
                     self.bytes_per_s = (totals.bytes_seen - logged_bytes) / (now - logged_time)
                     logged_time, logged_bytes = now, totals.bytes_seen
                     self._report()
-                if self._save_is_due():
-                    self.save()
+                self._save_due |= self._draw_save()
             else:
                 self._recovery.bad_step()
-            if signals.take_save():
-                self.save("asked for by a signal")
-            now = time.monotonic()
+            self._save_if_wanted()
+            now, cpu_now = time.monotonic(), time.thread_time()
             totals.seconds += now - before
-            before = now
+            totals.cpu_seconds += cpu_now - cpu_before
+            before, cpu_before = now, cpu_now
             if progress:
                 progress.update(totals.step, self.parts.tracker.ema, self.bytes_per_s, self.mixes())
 
     def _meet_population(self) -> None:
-        node, options = self.parts.node, self.options.population
-        report = node.step_boundary(self.totals.step, self.parts.tracker.fitness, self.status())
+        node = self.parts.node
+        self.parts.writer.before_write()  # a merge may write; for its own copies the node waits itself
+        totals, fitness = self.totals, self.parts.tracker.fitness
+        report = node.step_boundary(totals.step, totals.lineage, fitness, self.status())
         if report is not None:
-            self._weights_replaced(report.peer_scalars if report.clonal else None)
+            self.weights_replaced(report.peer_scalars if report.clonal else None, report.peer_lineage)
             self._line(f"merged rank {report.peer_rank}'s weights of its step {report.peer_step} ({report.method})")
-        standing = standing_of(node.roster, self.parts.run.rank)
-        if is_among_worst(standing, options.rejuvenation_threshold):
-            # The standing is as old as the last heartbeat: weights that are newer than their fitness have none.
-            measured = self.parts.tracker.fitness is not None and not node.engaged
-            if self.dice.random() < options.rejuvenation_probability and measured:
-                self._rejuvenate()
+        self._rejuvenation.consider()
 
-    def _rejuvenate(self) -> None:
-        options = self.options.population
-        self.parts.node.before_write()
-        try:
-            elite, scalars = merge_elite(self.parts.run.path, self.weights, self.parts.schema, options, self.dice)
-        except (CheckpointError, torch.OutOfMemoryError) as error:
-            self.event("rejuvenation_failed", str(error).partition("\n")[0])
-            return
-        self.parts.node.weights_changed()
-        self._weights_replaced(scalars if options.gossip_merge_method == "clonal" else None)
-        self.event("rejuvenated", f"merged {elite}")
-
-    def _weights_replaced(self, cloned_scalars: dict[str, float] | None) -> None:
-        """After a merge: a clone brings its optimizer's counters, and what was measured describes other weights now."""
-        if cloned_scalars is not None:
-            self.weights.load_scalars(cloned_scalars)
+    def weights_replaced(self, whole_scalars: dict[str, float] | None, lineage: int) -> None:
+        """After a merge: weights taken whole bring their optimizer's counters, whatever was measured describes other
+        weights now, and the steps behind the others' (`lineage`) are behind these."""
+        if whole_scalars is not None:
+            self.weights.load_scalars(whole_scalars)
         if self.options.population.gossip_optimizer_recombination == "reset":
             self.weights.adopt(self.weights.averaged())
+        self.totals.lineage = max(self.totals.lineage, lineage)
         self.parts.tracker.reset()
 
-    def _save_is_due(self) -> bool:
-        """Is it time for a checkpoint? One that is due waits until the fitness for its name is known."""
+    def _draw_save(self) -> bool:
+        """Does a checkpoint come due with this step?"""
         run, population = self.options.run, self.options.population
-        if population.fitness_weighted_checkpointing:
-            standing = standing_of(self.parts.node.roster, self.parts.run.rank)
-            chance = save_chance(standing, run.save_every, population.elite_checkpoint_multiplier)
-            self._save_due |= self.dice.random() < chance
-        else:
-            self._save_due |= self.totals.step % run.save_every == 0
-        return self._save_due and self.parts.tracker.fitness is not None
+        if not population.fitness_weighted_checkpointing:
+            return self.totals.step % run.save_every == 0
+        standing = standing_of(self.parts.node.roster, self.parts.run.rank)
+        return self.dice.random() < save_chance(standing, run.save_every, population.elite_checkpoint_multiplier)
+
+    def _save_if_wanted(self) -> None:
+        """Begin the save that is due, or asked for. It waits for the one before it, and one that is due also until the
+        fitness for its name is known."""
+        self._report_save(self.parts.writer.take())
+        if not self.parts.writer.idle:
+            return
+        if self.parts.signals.take_save():
+            self.save("asked for by a signal")
+        elif self._save_due and self.parts.tracker.fitness is not None:
+            self.save()
 
     def save(self, why: str = "") -> None:
-        """Write a checkpoint; a full or broken disk is logged, and training goes on. Never of non-finite weights."""
+        """Begin a checkpoint of this moment; how it ends is seen at a later step boundary, or by finish_save()."""
         self._save_due = False
-        run, step = self.parts.run, self.totals.step
-        averaged = {name: tensor.cpu() for name, tensor in self.weights.averaged().items()}
-        if not all(bool(tensor.isfinite().all()) for tensor in averaged.values()):
-            self.event("save_failed", "the weights are not finite; the older checkpoints stand")
-            return
-        try:
-            path = save_checkpoint(
-                run.path, run.rank, step, self.parts.tracker.fitness, self.model.config, averaged, capture(self)
-            )
-        except OSError as error:
-            self.event("save_failed", f"{error.strerror or error}; the older checkpoints stand, training goes on")
-            return
-        roster = self.parts.node.roster
-        if roster is None or roster.leader in (None, run.rank):  # otherwise the leader does it
-            self.tidy_up()
-        self.saved_step = step
-        self._line(f"saved {path.name}{f' ({why})' if why else ''}")
+        self.parts.writer.begin(Moment(self.totals.step, self.parts.tracker.fitness, why, capture(self)))
 
-    def tidy_up(self) -> None:
-        """Leave links and checkpoints as they should be: the leader may be gone before the last rank's last save."""
-        try:
-            self.parts.tidy()
-        except OSError as error:
-            self.event("tidy_failed", error.strerror or str(error))
+    def finish_save(self) -> None:
+        """Wait for the save that is under way, if one is."""
+        self._report_save(self.parts.writer.wait())
+
+    def _save_last(self, why: str) -> None:
+        self.finish_save()
+        if self.totals.step == self.saved_step:
+            self._line(f"{why}, and saved already")
+        else:
+            self.save(why)
+            self.finish_save()
+
+    def _report_save(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        if saved.path is None:
+            self.event("save_failed", f"{saved.failure}; the older checkpoints stand, training goes on")
+            return
+        if saved.tidying is not None:
+            self.event("tidy_failed", saved.tidying)
+        self.saved_step = saved.moment.step
+        self._line(f"saved {saved.path.name}{f' ({saved.moment.why})' if saved.moment.why else ''}")
 
     def mixes(self) -> dict[str, int]:
         """Counters of this rank's exchanges since its run began."""
@@ -275,16 +259,20 @@ class Trainer:
             "bytes_per_s": self.bytes_per_s,
             "mixes_initiated": mixes["initiated"],
             "mixes_received": mixes["received"],
-            **{name: mixes[name] for name in ("won", "lost", "tied", "failed", "busy")},
+            "bytes_seen": self.totals.bytes_seen,
+            "cpu_s": self.totals.cpu_seconds,
+            **{name: mixes[name] for name in ("won", "lost", "tied", "failed", "busy", "rolled_back")},
         }
 
     def _report(self) -> None:
         """A row of the metrics and a line of the log."""
         totals, ema, rate = self.totals, self.parts.tracker.ema, self.bytes_per_s
+        mixes = self.mixes()
         row = {
             "rank": self.parts.run.rank, "time_s": totals.seconds, "loss": self.loss, "ema_loss": ema,
             "val_loss": self.val_loss, "lr": self.weights.lr, "grad_norm": self.grad_norm, **self.status(),
-            "step": totals.step, "bytes_seen": totals.bytes_seen, "documents": totals.documents,
+            "step": totals.step, "documents": totals.documents, "lineage": totals.lineage,
+            "bytes_sent": mixes["bytes_sent"], "bytes_received": mixes["bytes_received"],
         }  # fmt: skip
         try:
             self.parts.metrics.append(row)

@@ -14,21 +14,28 @@ _MIB = 1024**2
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that one rank needs on its device, without activations, and in host memory for exchanges."""
+    """Bytes that one rank needs on its device, without activations, and in host memory for exchanges and saves."""
 
     weights: int
     gradients: int
     optimizer: int
     evaluation: int
     exchange: int
+    saving: int
 
     @property
     def on_device(self) -> int:
+        """Where the model is."""
         return self.weights + self.gradients + self.optimizer + self.evaluation
 
+    @property
+    def on_host(self) -> int:
+        """In host memory, whatever the device."""
+        return self.exchange + self.saving
+
     def __str__(self) -> str:
-        parts = ("weights", "gradients", "optimizer", "evaluation", "exchange")
-        total = self.on_device + self.exchange
+        parts = ("weights", "gradients", "optimizer", "evaluation", "exchange", "saving")
+        total = self.on_device + self.on_host
         scale, unit = (_GIB, "GiB") if total >= _GIB else (_MIB, "MiB")
         shown = ", ".join(f"{name} {getattr(self, name) / scale:.1f}" for name in parts)
         return f"{total / scale:.1f} {unit} a rank without activations ({shown})"
@@ -36,22 +43,25 @@ class MemoryEstimate:
 
 def estimate_memory(parameters: int) -> MemoryEstimate:
     """For `parameters` float32 numbers: weights, gradients, two more optimizer sequences, the averaged weights while
-    validating or saving, and the two host buffers of an exchange (weights and both optimizer sequences each).
+    validating or judging a merge, the two host buffers of an exchange (weights and both optimizer sequences each), and
+    a save's copy of the same with the averaged weights.
     """
     one = parameters * _BYTES
-    return MemoryEstimate(weights=one, gradients=one, optimizer=2 * one, evaluation=one, exchange=2 * 3 * one)
+    return MemoryEstimate(
+        weights=one, gradients=one, optimizer=2 * one, evaluation=one, exchange=2 * 3 * one, saving=4 * one
+    )
 
 
 def check_memory(estimate: MemoryEstimate, device: torch.device, ranks_here: int) -> None:
     """Raise UserError if `ranks_here` ranks of this host, on `device` (one GPU each, or all on the CPU), cannot fit."""
     host = device_memory_bytes(torch.device("cpu"))
     if device.type == "cpu":
-        available, needed = host, (estimate.on_device + estimate.exchange) * ranks_here
+        available, needed = host, (estimate.on_device + estimate.on_host) * ranks_here
     else:
         available, needed = device_memory_bytes(device), estimate.on_device
-        if estimate.exchange * ranks_here > host:
+        if estimate.on_host * ranks_here > host:
             raise UserError(
-                f"expected a model whose exchange buffers fit this host ({host / _GIB:.2f} GiB), got one that needs "
+                f"expected a model whose host buffers fit this host ({host / _GIB:.2f} GiB), got one that needs "
                 f"{estimate} times {ranks_here} ranks: choose smaller --params, or fewer ranks a host"
             )
     if needed > available:

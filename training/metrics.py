@@ -16,7 +16,8 @@ from runtime.stderr import say
 
 COLUMNS = (
     "rank", "step", "time_s", "loss", "ema_loss", "val_loss", "bytes_seen", "bytes_per_s", "lr", "grad_norm",
-    "documents", "mixes_initiated", "mixes_received", "won", "lost", "tied", "failed",
+    "documents", "mixes_initiated", "mixes_received", "won", "lost", "tied", "failed", "busy", "rolled_back", "lineage",
+    "cpu_s", "bytes_sent", "bytes_received",
 )  # fmt: skip
 MISSING = "NA"
 
@@ -51,7 +52,13 @@ class MetricsFile:
         atomic_write(self.path, "\n".join("\t".join(row) for row in [COLUMNS, *kept]) + "\n")
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row; columns that `row` lacks, or None or not a number in it, are NA. Raises OSError."""
+        """Add one row; columns that `row` lacks, or None or not a number in it, are NA. Raises OSError.
+
+        A file that was removed is made again, with its folder, unless the run directory is gone too.
+        """
+        if not self.path.exists():
+            self.path.parent.mkdir(exist_ok=True)
+            self.create()
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
             writer.writerow([_cell(row.get(name)) for name in COLUMNS])

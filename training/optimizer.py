@@ -5,7 +5,7 @@ iterate is z, and their average x = y + (z - y)(1 - 1/beta) is what one evaluate
 result. Plain AdamW has one, w, which is used for everything.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,9 @@ class TrainedWeights(Protocol):
 
     def averaged(self) -> dict[str, Tensor]:
         """The weights to use, by parameter name, computed out of place: training's own are not touched."""
+
+    def average_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """averaged(), of a copy of tensors(). Any thread."""
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         """Go on from `weights` (by parameter name) as a new optimizer would, without any history."""
@@ -109,12 +112,13 @@ class ScheduleFreeWeights:
             group["weight_sum"] = scalars["weight_sum"]
             group["lr_max"] = scalars["lr_max"]
 
-    @torch.no_grad()
     def averaged(self) -> dict[str, Tensor]:
-        return {
-            name: torch.lerp(y, self._optimizer.state[y]["z"], 1 - 1 / self._beta)
-            for name, y in self._parameters.items()
-        }
+        return self.average_of(self.tensors())
+
+    @torch.no_grad()
+    def average_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weight = 1 - 1 / self._beta
+        return {name: torch.lerp(tensors[f"y.{name}"], tensors[f"z.{name}"], weight) for name in self._parameters}
 
     @torch.no_grad()
     def adopt(self, weights: dict[str, Tensor]) -> None:
@@ -183,9 +187,11 @@ class AdamWWeights:
         for parameter in self._parameters.values():
             self._optimizer.state[parameter]["step"].fill_(self._steps)
 
-    @torch.no_grad()
     def averaged(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self._parameters.items()}
+        return self.average_of(self.tensors())
+
+    def average_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensors[f"w.{name}"].clone() for name in self._parameters}
 
     @torch.no_grad()
     def adopt(self, weights: dict[str, Tensor]) -> None:

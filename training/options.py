@@ -87,6 +87,10 @@ _POSITIVE = _real(0, above=True)
 _NOT_NEGATIVE = _real(0)
 
 
+def _tolerance(text: str) -> float | None:
+    return None if text.lower() == "none" else _NOT_NEGATIVE(text)
+
+
 def _option(default: Any, help: str, parse: Callable[[str], Any] = str, *, fixed: bool = False, **more: Any) -> Any:
     metadata = {"help": help, "parse": parse, "fixed": fixed, **more}
     if isinstance(default, list):
@@ -182,6 +186,8 @@ class PopulationOptions:
         "interpolate", "after a merge, second moments are interpolated, or the optimizer starts afresh",
         choices=("reset", "interpolate"),
     )  # fmt: skip
+    gossip_rollback: float | None = _option(0.1, "a merge that makes this rank's loss worse by more nats per byte than "
+                                            "this is undone; none: never", _tolerance)  # fmt: skip
     gossip_fitness_decay: float = _option(0.95, "decay a step of the training loss's moving average, the fitness",
                                           _real(0, 1, below=True))  # fmt: skip
     gossip_host: str | None = _option(None, "address, host name or interface to listen on (default: loopback if all "

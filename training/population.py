@@ -1,15 +1,8 @@
-"""What a rank's place in the ranking changes in its training: how often it saves, and when an elite renews it."""
+"""What a rank's place in the ranking changes in its training: how often it saves, and whether an elite may renew it."""
 
-import random
 from dataclasses import dataclass
-from pathlib import Path
 
 from gossip.filesystem_coordinator import Roster
-from gossip.merge import merge
-from gossip.state import Schema
-from training.checkpoint import CheckpointError, read_own_checkpoint
-from training.optimizer import TrainedWeights
-from training.options import PopulationOptions
 
 
 @dataclass(frozen=True)
@@ -54,23 +47,3 @@ def is_among_worst(standing: Standing | None, threshold: float) -> bool:
         return False
     worst = min(max(1, int(standing.ranked * threshold)), standing.ranked - 1)
     return standing.place >= standing.ranked - worst
-
-
-def merge_elite(
-    run_dir: Path, weights: TrainedWeights, schema: Schema, options: PopulationOptions, dice: random.Random
-) -> tuple[str, dict[str, float]]:
-    """Merge the weights of a random elite checkpoint into the live ones; returns its link's name and its scalars.
-
-    Raises CheckpointError if there is none that is whole and fits; then nothing was changed.
-    """
-    links = sorted(run_dir.glob("elite_*.pt"))
-    if not links:
-        raise CheckpointError(f"expected an elite checkpoint, got none in {run_dir}: none was saved yet")
-    link = dice.choice(links)
-    training = read_own_checkpoint(link)["training"]
-    live = weights.tensors()
-    shapes = {name: tensor.shape for name, tensor in training["tensors"].items()}
-    if shapes != {name: tensor.shape for name, tensor in live.items()}:
-        raise CheckpointError(f"expected an elite of this model and optimizer, got another in {link}")
-    merge(live, schema, training["tensors"], None, options.gossip_merge_method, options.gossip_recombination_alpha)
-    return link.name, training["scalars"]

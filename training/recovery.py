@@ -51,18 +51,22 @@ class Recovery:
         Each further return without a good step between tries an older one: the newest may be what leads astray.
         """
         trainer, run = self._trainer, self._trainer.parts.run
-        trainer.parts.node.before_write()
+        trainer.finish_save()  # it may be the newest
+        trainer.before_write()
         source = None
         newest_first = [file for file in reversed(list_checkpoints(run.path)) if file.rank == run.rank]
         for file in newest_first[self._returns - 1 :] or newest_first[-1:]:
             try:
-                restore_weights(trainer, read_own_checkpoint(file.path)["training"])
+                training = read_own_checkpoint(file.path)["training"]
+                restore_weights(trainer, training)
+                trainer.totals.lineage = training["totals"]["lineage"]
                 source = file.path.name
                 break
             except CheckpointError as error:
                 trainer.event("checkpoint_passed_over", str(error))
         if source is None:
             trainer.weights.adopt(trainer.parts.initial_weights())
+            trainer.totals.lineage = 0
         trainer.parts.node.weights_changed()
         trainer.parts.tracker.reset()
         return source or "the initial weights"

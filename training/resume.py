@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 
 def capture(trainer: "Trainer") -> dict[str, Any]:
-    """Everything that resuming needs, tensors on the CPU."""
+    """Everything that resuming needs besides the weights and the optimizer's tensors: copies, on the CPU."""
     device = trainer.parts.device
     return {
         "family": trainer.weights.family,
-        "tensors": {name: tensor.cpu() for name, tensor in trainer.weights.tensors().items()},
         "scalars": trainer.weights.scalars(),
-        "state": {name: None if tensor is None else tensor.cpu() for name, tensor in trainer.state._asdict().items()},
+        "state": {
+            name: None if tensor is None else tensor.to("cpu", copy=True)
+            for name, tensor in trainer.state._asdict().items()
+        },
         "lanes": trainer.parts.lanes.state_dict(),
         "totals": dataclasses.asdict(trainer.totals),
         "mixes": trainer.mixes(),
@@ -53,10 +55,10 @@ def restore_weights(trainer: "Trainer", training: dict[str, Any]) -> None:
 
 def restore(trainer: "Trainer", training: dict[str, Any], moves: bool) -> None:
     """Go on from a checkpoint. moves: its place in the data, hidden state, random generators and counters come along;
-    otherwise (a new rank that starts from another's weights) only the step does.
+    otherwise (a new rank that starts from another's weights) only the steps done and behind them do.
     """
     restore_weights(trainer, training)
-    trainer.totals.step = training["totals"]["step"]
+    trainer.totals.step, trainer.totals.lineage = training["totals"]["step"], training["totals"]["lineage"]
     if not moves:
         return
     trainer.totals = type(trainer.totals)(**training["totals"])

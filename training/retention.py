@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.files import replace_symlink, temporary_name
+from runtime.files import TEMPORARY_SUFFIX, replace_symlink, stale_temporaries, temporary_name
 from training.checkpoint import CheckpointFile, best_first, list_checkpoints
 
 _ARCHIVE = re.compile(r"archive_(\d{3,})\.pt")
@@ -55,6 +55,35 @@ def retire_later(run_dir: Path, rank: int, step: int) -> None:
             _retire(file.path, archive=True)
 
 
+def remove_leftovers(run_dir: Path, rank: int) -> None:
+    """Remove what killed processes left half done: this rank's saves, and whatever dead processes of this host wrote.
+
+    For a process that holds the rank and has not saved yet: nobody is writing the rank's checkpoints then. Raises
+    OSError.
+    """
+    leftovers = set(run_dir.glob(f".checkpoint_rank_{rank:04d}_*{TEMPORARY_SUFFIX}"))
+    for folder in (run_dir, run_dir / "population", run_dir / "metrics"):
+        if folder.is_dir():
+            leftovers.update(stale_temporaries(folder))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+
+
+def disk_use(run_dir: Path, policy: RetentionPolicy, file_bytes: int, world_size: int) -> str:
+    """One line: what a checkpoint of `file_bytes` takes, and at most all of them: those kept, those of ranks that the
+    run had before, and one that each rank is writing.
+    """
+    ranks = set(range(world_size)) | {file.rank for file in list_checkpoints(run_dir)}
+    most = len(ranks) * policy.keep_checkpoints + policy.keep_elite + world_size
+    archive = ", beside the archive" if policy.archive_rate else ""
+    shown = f"{_megabytes(file_bytes)} each, at most {_megabytes(most * file_bytes)}"
+    return f"checkpoints: {shown} for {world_size} rank{'s' if world_size > 1 else ''}{archive}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
 def plan(files: list[CheckpointFile], policy: RetentionPolicy) -> tuple[set[Path], dict[str, str]]:
     """The paths to keep, and the symlinks (name -> file name) to have."""
     newest: dict[int, list[CheckpointFile]] = {}
@@ -86,7 +115,7 @@ def _point_links(run_dir: Path, links: dict[str, str]) -> bool:
 
 
 def _retire(path: Path, archive: bool) -> None:
-    claimed = temporary_name(path)
+    claimed = temporary_name(path.with_name(f"retired_{path.name}"))  # whose rank may start, and remove its leftovers
     try:
         os.rename(path, claimed)  # of several ranks that retire a file at once, one gets it
     except FileNotFoundError:

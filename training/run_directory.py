@@ -59,7 +59,7 @@ class RunDirectory:
         """Take this rank's place in a new run. Raises UserError if the folder already holds a run.
 
         The first rank to come writes down the launch; a rank that finds another one there, or its own metrics, is not
-        part of this run.
+        part of this run, unless it was restarted: then the metrics are its own, of before.
         """
         taken = UserError(
             f"expected a new or empty run directory, got {self.path}, which already holds a run: --resume "
@@ -74,7 +74,8 @@ class RunDirectory:
                 raise taken
             MetricsFile(self.metrics).create()
         except FileExistsError:
-            raise taken from None
+            if not identity.restarts:
+                raise taken from None
         except OSError as error:
             raise UserError(
                 f"expected a writable --output, got {self.path}: {error.strerror}; choose another or mend it"

@@ -6,7 +6,6 @@ import os
 import resource
 import secrets
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,7 +22,8 @@ from mingru.scan import chosen_backend
 from mingru.sizing import parameter_count, resolve_config
 from runtime.errors import UserError
 from runtime.ranks import Identity
-from training.checkpoint import CheckpointError, CheckpointFile, read_for_use, read_own_checkpoint
+from runtime.stderr import say
+from training.checkpoint import CheckpointError, CheckpointFile, list_checkpoints, read_for_use, read_own_checkpoint
 from training.data import Corpus, Region, find_files
 from training.optimizer import TrainedWeights
 from training.options import Options, resolve_options
@@ -43,18 +43,22 @@ class Resumed:
     moves: bool
 
 
-def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, RunDirectory]:
-    """The options in force and the run directory: a new one, or the one to resume."""
+def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, RunDirectory, bool]:
+    """The options in force, the run directory, and whether it holds the run to go on with, else a new one is to begin.
+
+    A rank that its launcher restarted goes on in the --output of its first start.
+    """
     if "resume" in given:
         if "init_from" in given:
             raise UserError("expected --resume or --init_from, got both: a resumed run has its weights")
         run = RunDirectory(Path(given["resume"]), identity.rank)
         if "output" in given and Path(given["output"]).resolve() != run.path.resolve():
             raise UserError("expected --resume to go on in its own folder, got another --output: leave it out")
-        stored = run.stored_options()
-        if any(name in given for name in ("cuda", "rocm", "cpu")):
-            stored.get("run", {}).update(cuda=False, rocm=False, cpu=False)
-        return resolve_options(given, stored), run
+        return _resumed_options(given, run), run, True
+    if identity.restarts and "output" in given:
+        run = RunDirectory(Path(given["output"]), identity.rank)
+        if run.config.exists():
+            return _resumed_options(given, run), run, True
     options = resolve_options(given)
     population = options.population
     if identity.world_size > 1 and not population.filesystem_coordinator and not population.gossip_peers:
@@ -63,16 +67,30 @@ def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, R
         if identity.world_size > 1:
             raise UserError("expected --output for a population of several ranks, got none: name one folder for all")
         options.run.output = f"runs/{datetime.now():%Y%m%d_%H%M%S}"
-    return options, RunDirectory(Path(options.run.output), identity.rank)
+    return options, RunDirectory(Path(options.run.output), identity.rank), False
 
 
-def read_resumed(run: RunDirectory, identity: Identity) -> Resumed:
-    """The checkpoint to go on from: the first whole one of the candidates; those passed over are named."""
+def _resumed_options(given: Mapping[str, Any], run: RunDirectory) -> Options:
+    stored = run.stored_options()
+    if any(name in given for name in ("cuda", "rocm", "cpu")):
+        stored.get("run", {}).update(cuda=False, rocm=False, cpu=False)
+    return resolve_options(given, stored)
+
+
+def read_resumed(run: RunDirectory, identity: Identity) -> Resumed | None:
+    """The checkpoint to go on from: the first whole one of the candidates; those passed over are named.
+
+    None, for a rank that was restarted, where nobody has one: the others train, and it begins again.
+    """
+    if identity.restarts and not list_checkpoints(run.path):
+        return None
     for source in resume_sources(run.path, identity.rank, identity.world_size):
         try:
             return Resumed(source.file, read_own_checkpoint(source.file.path), source.moves)
         except CheckpointError as error:
-            print(f"warning: rank {identity.rank} passes over a checkpoint: {error}", file=sys.stderr)
+            say(f"warning: rank {identity.rank} passes over a checkpoint: {error}")
+    if identity.restarts:
+        return None
     raise UserError(f"expected a whole checkpoint to resume, got none in {run.path}: start a new run")
 
 
@@ -168,6 +186,7 @@ def gossip_config(options: Options) -> GossipConfig:
         mixing_rate=population.gossip_mixing_rate,
         merge_method=population.gossip_merge_method,
         recombination_alpha=population.gossip_recombination_alpha,
+        rollback_tolerance=population.gossip_rollback,
         peers=tuple(peer for text in population.gossip_peers for peer in text.split(",") if peer),
         filesystem_coordinator=population.filesystem_coordinator,
         heartbeat_seconds=population.gossip_heartbeat,

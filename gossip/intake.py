@@ -1,0 +1,135 @@
+"""What becomes of a peer's snapshot: merged, kept or undone, and accounted for; its sender is remembered for harm."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossip.faults import Fault, ProtocolError
+from gossip.ledger import Ledger
+from gossip.merge import merge_judged, weight_norm
+from gossip.protocol import Flow
+from gossip.reputation import Reputation
+from gossip.snapshot_desk import Delivery, SnapshotDesk
+from gossip.switchboard import Switchboard
+
+NORM_LIMIT = 10.0  # times the live weights' own norm: what is larger is not merged
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """A merge that was just applied to the live weights.
+
+    peer_lineage: optimizer steps behind the peer's snapshot, own or inherited; peer_scalars: its optimizer's scalars,
+    which come along when `clonal`, that is when the snapshot was taken whole; method: how it was merged; seconds: how
+    long it held up training.
+    """
+
+    exchange_id: str
+    peer_rank: int
+    peer_step: int
+    peer_lineage: int
+    peer_scalars: dict[str, float]
+    method: str
+    clonal: bool
+    seconds: float
+
+
+class Intake:
+    """Applies deliveries to the live weights. All methods are for the training thread.
+
+    live: the training tensors by the schema's names; judge: loss of the live weights in nats per byte, None: no merge
+    is judged; tolerance: how much worse a merge may make it; reputation: told of peers whose weights did harm.
+    """
+
+    def __init__(
+        self,
+        desk: SnapshotDesk,
+        live: Mapping[str, Tensor],
+        method: str,
+        alpha: float,
+        judge: Callable[[], float] | None,
+        tolerance: float | None,
+        reputation: Reputation,
+        ledger: Ledger,
+        switchboard: Switchboard,
+    ) -> None:
+        self._desk = desk
+        self._live = live
+        self._method = method
+        self._alpha = alpha
+        self._judge = judge if tolerance is not None else None
+        self._tolerance = tolerance
+        self._reputation = reputation
+        self._ledger = ledger
+        self._switchboard = switchboard
+
+    def apply(self, delivery: Delivery) -> MergeReport | None:
+        """Merge a snapshot; None when it was dropped or the merge undone: the weights are then as they were."""
+        outcome = delivery.outcome
+        method = "clonal" if outcome.decision.whole else self._method
+        began = time.perf_counter()
+        try:
+            self._check(delivery)
+            self._desk.before_write()
+            trial = merge_judged(
+                self._live,
+                self._desk.schema,
+                outcome.received.buffer.views,
+                outcome.own.buffer.views if outcome.own is not None else None,
+                method,
+                self._alpha,
+                self._judge,
+                self._tolerance,
+            )
+        except ProtocolError as error:
+            self.drop(delivery, error)
+            return None
+        except torch.OutOfMemoryError as error:  # the weights are as they were, and training can go on
+            self.drop(delivery, ProtocolError(Fault.OUT_OF_MEMORY, str(error).partition("\n")[0]))
+            return None
+        seconds = time.perf_counter() - began
+        if not trial.kept:
+            distrust = self._strike(delivery)
+            message = f"{trial.before:.4f} before, {trial.after:.4f} nats/byte after, step {outcome.received.step}"
+            self._end(delivery, "rolled_back", "rolled_back", f"{message}; {distrust}")
+            return None
+        self._desk.weights_changed(outcome.received.lineage)
+        event = "averaged" if outcome.decision.flow is Flow.BOTH else "merged"
+        message = f"{outcome.decision.reason}, step {outcome.received.step}, merged in {seconds * 1000:.1f} ms"
+        self._end(delivery, "won" if outcome.won else "lost", event, message)
+        return MergeReport(
+            exchange_id=delivery.talk.exchange_id,
+            peer_rank=outcome.theirs.rank,
+            peer_step=outcome.received.step,
+            peer_lineage=outcome.received.lineage,
+            peer_scalars=outcome.received.scalars,
+            method=method,
+            clonal=outcome.decision.whole,
+            seconds=seconds,
+        )
+
+    def drop(self, delivery: Delivery, error: ProtocolError) -> None:
+        """Leave a snapshot unmerged, as `error` says."""
+        self._end(delivery, "failed", "failed", str(error))
+
+    def _check(self, delivery: Delivery) -> None:
+        """Raises ProtocolError: WEIGHTS_CHANGED, or EXPLODING_NORM after a strike against the sender."""
+        outcome = delivery.outcome
+        if outcome.mine.generation != self._desk.published.generation:
+            raise ProtocolError(Fault.WEIGHTS_CHANGED, "before the merge")
+        theirs, ours = outcome.received.weight_norm, weight_norm(self._live, self._desk.schema)
+        if theirs > NORM_LIMIT * ours:
+            distrust = self._strike(delivery)
+            raise ProtocolError(Fault.EXPLODING_NORM, f"{theirs:.4g} where {ours:.4g} is here; {distrust}")
+
+    def _strike(self, delivery: Delivery) -> str:
+        seconds = self._reputation.strike(delivery.outcome.theirs.incarnation)
+        return f"no weights from this process for {seconds:g} s"
+
+    def _end(self, delivery: Delivery, ending: str, event: str, message: str) -> None:
+        self._ledger.count_ended(delivery.talk, ending)
+        self._switchboard.post(self._ledger.write, delivery.talk, event, message)
+        self._switchboard.release()

@@ -1,0 +1,61 @@
+"""Strikes: how long a process is distrusted, and how many are remembered."""
+
+import pytest
+
+from gossip.reputation import FIRST_SECONDS, LONGEST_SECONDS, REMEMBERED, Reputation
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def reputation(clock):
+    return Reputation(clock)
+
+
+def test_reputation_trusts_a_process_that_it_does_not_know(reputation):
+    assert not reputation.distrusts("a")
+
+
+def test_reputation_distrusts_after_a_strike_and_trusts_again_in_time(reputation, clock):
+    assert reputation.strike("a") == FIRST_SECONDS == 60
+    assert reputation.distrusts("a") and not reputation.distrusts("b")
+    clock.now += FIRST_SECONDS - 0.001
+    assert reputation.distrusts("a")
+    clock.now += 0.001
+    assert not reputation.distrusts("a")
+
+
+def test_reputation_doubles_the_time_up_to_an_hour(reputation, clock):
+    times = []
+    for _ in range(9):
+        times.append(reputation.strike("a"))
+        clock.now += times[-1]
+        assert not reputation.distrusts("a")
+    assert times == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600] and LONGEST_SECONDS == 3600
+    assert reputation.strike("b") == 60
+
+
+def test_reputation_stays_an_hour_after_any_number_of_strikes(reputation):
+    assert [reputation.strike("a") for _ in range(3000)][-1] == LONGEST_SECONDS
+
+
+def test_reputation_forgets_the_process_whose_last_strike_is_oldest(reputation):
+    for number in range(REMEMBERED):
+        reputation.strike(f"{number}")
+    reputation.strike("0")
+    reputation.strike("new")
+    assert reputation.distrusts("0") and reputation.distrusts("new") and reputation.distrusts("2")
+    assert not reputation.distrusts("1")
+    assert reputation.strike("1") == FIRST_SECONDS  # nothing of it was kept

@@ -1,0 +1,226 @@
+"""Bounds on callers that have not authenticated, over real sockets: how many, how fast, and what is said of them."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+
+import pytest
+
+from bench.injection import Injection
+from gossip.faults import Fault
+from gossip.protocol import OPENING_BYTES, Flow, Hello
+from gossip.strangers import ACCEPTS_AT_ONCE, ACCEPTS_PER_SECOND, STRANGERS_LIMIT, Reports, TokenBucket
+from tests.gossip_helpers import (
+    PATIENCE,
+    Rank,
+    RawPeer,
+    Trainer,
+    assert_answers,
+    counted,
+    hello,
+    last_event,
+    ranks,
+    until,
+)
+
+
+@pytest.fixture(autouse=True)
+def close_raw_peers():
+    yield
+    RawPeer.close_all()
+
+
+def test_token_bucket_lets_a_burst_pass_and_then_its_rate():
+    now = [50.0]
+    bucket = TokenBucket(rate=10.0, burst=3, clock=lambda: now[0])
+    assert [bucket.take() for _ in range(3)] == [0.0] * 3
+    assert [bucket.take() for _ in range(2)] == pytest.approx([0.1, 0.2])
+    now[0] += 0.2  # both are paid for
+    assert bucket.take() == pytest.approx(0.1)
+    now[0] += 1000.0
+    assert [bucket.take() for _ in range(4)] == pytest.approx([0.0, 0.0, 0.0, 0.1])
+
+
+def test_reports_say_the_first_of_a_kind_at_once_and_then_count():
+    said = []
+
+    def line(text):
+        return lambda others: said.append(text + others)
+
+    async def talk():
+        reports = Reports(seconds=0.2)
+        for number in range(4):
+            reports.tell("flood", line(f"flood {number}"))
+        reports.tell("other", line("other"))
+        assert said == ["flood 0", "other"]
+        deadline = time.monotonic() + PATIENCE
+        while len(said) < 3:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        assert said[2:] == ["flood 3, and 2 more"]
+        reports.tell("flood", line("flood 4"))
+        reports.close()
+        assert said[3:] == ["flood 4"]
+
+    asyncio.run(talk())
+
+
+def idle(rank, count):
+    return [RawPeer.call(rank.where) for _ in range(count)]
+
+
+def strangers(rank):
+    return len(rank.node._switchboard._strangers)
+
+
+def is_reset(peer):
+    """Wait for the other end to close; whether the kernel was made to forget the connection."""
+    try:
+        while peer.socket.recv(65536):
+            pass
+    except ConnectionResetError:
+        return True
+    return False
+
+
+@pytest.mark.injects(Injection.FLOOD)
+def test_strangers_make_room_for_newer_ones_oldest_first(tmp_path):
+    with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,):
+        waiting = idle(rank, STRANGERS_LIMIT)
+        until(lambda: strangers(rank) == STRANGERS_LIMIT)
+        newer = idle(rank, 3)
+        assert all(is_reset(peer) for peer in waiting[:3])
+        until(lambda: counted(rank, failed=3))
+        assert rank.events()[0]["message"].startswith(Fault.CLOSING.value)
+        assert len(rank.events()) == 1  # the others are counted, and told of later
+        assert_answers(rank)  # a peer is let in at once, at the expense of the next oldest
+        assert is_reset(waiting[3])
+        for peer in (*waiting[4:], *newer):
+            assert peer.socket.getpeername() == rank.where  # they are still listened to
+        assert strangers(rank) == STRANGERS_LIMIT - 1
+
+
+class Flood:
+    """Threads that connect as fast as they can, say a word or none, and leave or stay."""
+
+    def __init__(self, where, threads=4):
+        self.where = where
+        self.tried = 0
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(threads)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number):
+        kept = []
+        while not self._stop.is_set():
+            with contextlib.suppress(OSError):
+                connection = socket.create_connection(self.where, timeout=1)
+                self.tried += 1
+                kept.append(connection)
+                if number % 2:
+                    connection.sendall(b"GET / HTTP/1.1\r\n" * 40)
+                if len(kept) > 50:
+                    kept.pop(0).close()
+        for connection in kept:
+            connection.close()
+
+
+@pytest.mark.injects(Injection.FLOOD)
+def test_flood_of_strangers_is_bounded_in_number_rate_and_lines(tmp_path):
+    with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,), Trainer(rank):
+        began, most = time.monotonic(), 0
+        with Flood(rank.where) as flood:
+            while time.monotonic() - began < 4.0:
+                most = max(most, strangers(rank))
+                until(lambda seen=rank.step: rank.step > seen)  # training goes on
+        passed = time.monotonic() - began
+        listened_to = rank.node.counters.failed + strangers(rank)
+        assert most <= STRANGERS_LIMIT
+        assert ACCEPTS_AT_ONCE < listened_to <= ACCEPTS_AT_ONCE + ACCEPTS_PER_SECOND * passed
+        assert flood.tried > listened_to - STRANGERS_LIMIT
+        assert len(rank.events()) <= 3  # one for each kind of failure
+        until(lambda: strangers(rank) == 0)
+        assert_answers(rank)
+        rank.node.close()
+        told = [row["message"] for row in rank.events() if row["event"] == "failed"]
+        assert any(", and " in message and message.endswith("more") for message in told)
+
+
+@pytest.mark.injects(Injection.SLOW_HANDSHAKE)
+def test_slow_strangers_hold_no_peer_up(tmp_path):
+    with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,):
+        slow = idle(rank, 2 * STRANGERS_LIMIT)
+        for byte in b"gruboros\x00":  # all of them at once, a byte at a time
+            for peer in slow:
+                with contextlib.suppress(OSError):  # closed by then
+                    peer.socket.sendall(bytes([byte]))
+            began = time.monotonic()
+            good = RawPeer.call(rank.where).handshake()
+            assert good.greet(hello(rank.schema, fitness=None))[1].flow is Flow.NONE
+            assert time.monotonic() - began < 2.0
+            good.close()
+        until(lambda: rank.node.counters.tied == 9, rank)
+
+
+def garbage(peer):
+    peer.socket.sendall(bytes(OPENING_BYTES))
+
+
+def wrong_version(peer):
+    peer.socket.sendall(b"gruboros\xff\xff" + bytes(32))
+
+
+def wrong_proof(peer):
+    peer.openings()
+    peer.socket.sendall(bytes(32))
+
+
+def half_an_opening(peer):
+    peer.socket.sendall(b"gruboros\x00")  # until the deadline
+
+
+def half_a_proof(peer):
+    peer.openings()
+    peer.socket.sendall(bytes(16))
+
+
+def nothing(peer):
+    pass
+
+
+def much_too_much(peer):
+    peer.socket.sendall(bytes(20000))
+
+
+REFUSALS = (garbage, wrong_version, wrong_proof, half_an_opening, half_a_proof, nothing, much_too_much)
+
+
+@pytest.mark.parametrize("refused", REFUSALS, ids=lambda script: script.__name__)
+def test_a_refusal_is_the_same_reset_whatever_was_wrong(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr("gossip.switchboard.HANDSHAKE_SECONDS", 0.5)
+    with ranks(Rank(tmp_path, 0)) as (rank,):
+        peer = RawPeer.call(rank.where)
+        with contextlib.suppress(ConnectionError):
+            refused(peer)
+        assert is_reset(peer)
+        until(lambda: counted(rank, failed=1))
+        assert last_event(rank)["event"] == "failed"  # here, what was wrong is known
+
+
+def test_a_peer_that_has_proved_itself_is_closed_without_a_reset(tmp_path):
+    with ranks(Rank(tmp_path, 0)) as (rank,):
+        peer = RawPeer.call(rank.where).handshake()
+        peer.send(hello(rank.schema, schema_hash="0f" * 32))
+        peer.receive(Hello)  # it is told with whom it cannot mix
+        assert not is_reset(peer)

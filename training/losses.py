@@ -1,0 +1,52 @@
+"""Losses in nats per byte: of one chunk, and of the averaged weights over several.
+
+Shape letters: B lanes, T bytes of a chunk, S = T + 1, V byte values.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from mingru.minLM import MinLM, MinLMState
+from training.data import Chunk
+from training.optimizer import TrainedWeights
+
+
+def chunk_loss(
+    model: Callable, chunk: Chunk, state: MinLMState | None, device: torch.device
+) -> tuple[Tensor, MinLMState]:
+    """Mean loss over a chunk's targets, and the state after it. The bytes travel as uint8."""
+    ids_BS = _to_device(chunk.ids_BS, device)
+    reset_BT = _to_device(chunk.reset_BT, device) if chunk.reset_BT.any() else None  # most chunks are in one document
+    logits_BTV, state = model(ids_BS[:, :-1], state, reset_BT)
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BS[:, 1:].flatten().long()), state
+
+
+@torch.no_grad()
+def averaged_loss(model: MinLM, weights: TrainedWeights, chunks: Iterable[Chunk], device: torch.device) -> float:
+    """Mean loss of the averaged weights over the chunks in turn, the state carried from one to the next.
+
+    Training's weights stay untouched; the model is left in eval mode.
+    """
+    averaged = weights.averaged()
+
+    def with_averaged(*inputs: Any) -> tuple[Tensor, MinLMState]:
+        return functional_call(model, averaged, inputs)
+
+    model.eval()
+    total, count, state = 0.0, 0, None
+    for chunk in chunks:
+        loss, state = chunk_loss(with_averaged, chunk, state, device)
+        total += float(loss) * chunk.reset_BT.size
+        count += chunk.reset_BT.size
+    return total / count
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,74 @@
+"""One of the worst ranks takes up an elite checkpoint, and keeps what that made of it only if it is no worse."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gossip.merge import merge, swap
+from training.checkpoint import CheckpointError, read_own_checkpoint
+from training.population import is_among_worst, standing_of
+
+if TYPE_CHECKING:
+    from training.loop import Trainer
+
+
+class Rejuvenation:
+    """Decides at step boundaries whether to merge an elite, and does. All methods are for the training thread."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self._trainer = trainer
+        self._refused: set[str] = set()  # names of checkpoints that did harm here: not again
+
+    def consider(self) -> None:
+        """Merge a random elite, if this rank is among the worst and the dice want it."""
+        trainer = self._trainer
+        node, options = trainer.parts.node, trainer.options.population
+        standing = standing_of(node.roster, trainer.parts.run.rank)
+        if is_among_worst(standing, options.rejuvenation_threshold):
+            # The standing is as old as the last heartbeat: weights that are newer than their fitness have none.
+            measured = trainer.parts.tracker.fitness is not None and not node.engaged
+            if trainer.dice.random() < options.rejuvenation_probability and measured:
+                try:
+                    self._rejuvenate()
+                except (CheckpointError, torch.OutOfMemoryError) as error:
+                    trainer.event("rejuvenation_failed", str(error).partition("\n")[0])
+
+    def _rejuvenate(self) -> None:
+        """Raises CheckpointError where no elite serves, OutOfMemoryError; the weights are then as they were."""
+        trainer = self._trainer
+        options, schema, judge = trainer.options.population, trainer.parts.schema, trainer.parts.probe.loss
+        link, name = self._choose()
+        training = read_own_checkpoint(link)["training"]
+        live, elite = trainer.weights.tensors(), training["tensors"]
+        if {k: tensor.shape for k, tensor in elite.items()} != {k: tensor.shape for k, tensor in live.items()}:
+            raise CheckpointError(f"expected an elite of this model and optimizer, got another in {link}")
+        judged = options.gossip_rollback is not None
+        before = judge() if judged else math.nan
+        trainer.before_write()
+        merge(live, schema, elite, None, options.gossip_merge_method, options.gossip_recombination_alpha)
+        if judged:
+            try:
+                after = judge()
+            except torch.OutOfMemoryError:
+                swap(live, schema, elite)
+                raise
+            if not math.isfinite(after) or after > before + options.gossip_rollback:
+                swap(live, schema, elite)
+                self._refused.add(name)
+                trainer.event("rolled_back", f"{link.name} ({name}): {before:.4f} before, {after:.4f} nats/byte after")
+                return
+        trainer.parts.node.weights_changed()
+        whole = options.gossip_merge_method == "clonal"
+        trainer.weights_replaced(training["scalars"] if whole else None, training["totals"]["lineage"])
+        trainer.event("rejuvenated", f"merged {link.name}")
+
+    def _choose(self) -> tuple[Path, str]:
+        """A random elite's link, and the name of the checkpoint behind it."""
+        run_dir = self._trainer.parts.run.path
+        links = [(link, link.resolve().name) for link in sorted(run_dir.glob("elite_*.pt"))]
+        links = [(link, name) for link, name in links if name not in self._refused]
+        if not links:
+            raise CheckpointError(f"expected an elite checkpoint, got none in {run_dir}: none was saved yet")
+        return self._trainer.dice.choice(links)

@@ -19,6 +19,8 @@ from bench.population import make_corpus
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.stderr import say
 
+COSTS = {"training_cpu": "training thread, CPU", "process_cpu": "whole process, CPU", "seconds": "on the clock"}
+
 
 def main(arguments: list[str]) -> int:
     """The command line: 1 if a promise was broken."""
@@ -84,17 +86,18 @@ def strangers_table(figures: dict[str, Any]) -> str:
         for kind, counts in figures["by_kind"].items()
     )
     lines = [
-        f"{figures['connections']:,} connections, {figures['connections_per_second']:g} a second, calm and hostile "
-        f"phases of {figures['phase_seconds']:g} s; {figures['unreached']} did not connect",
+        f"{figures['connections']:,} connections, {figures['connections_per_second']:g} a second, in phases of "
+        f"{figures['phase_seconds']:g} s; {figures['unreached']} did not connect",
         ", ".join(kinds),
         *(f"accepted: {count} {what}" for what, count in figures["accepted"].items()),
         f"{figures['failures_counted']:,} failures counted, {figures['lines_logged']} lines logged",
-        f"{'':28s}{'calm':>9s}{'hostile':>9s}   ratio (quartiles; range)",
+        f"{'ms per step':28s}{'calm':>9s}{'decoy':>9s}{'hostile':>9s}   hostile to calm, to decoy (quartiles)",
     ]
     for name, cost in figures["costs"].items():
-        spread = "{:.3f}-{:.3f}; {:.3f}-{:.3f}".format(*cost["ratio_quartiles"], *cost["ratio_range"])
-        title = name.replace("_", " ")
-        lines.append(f"{title:28s}{cost['calm']:9.3f}{cost['hostile']:9.3f}   {cost['ratio']:.3f} ({spread})")
+        medians = "".join(f"{cost[mode]:9.3f}" for mode in ("calm", "decoy", "hostile"))
+        ratios = (cost[f"hostile_to_{mode}"] for mode in ("calm", "decoy"))
+        shown = ", ".join("{:.3f} ({:.3f}-{:.3f})".format(ratio["median"], *ratio["quartiles"]) for ratio in ratios)
+        lines.append(f"{COSTS[name]:28s}{medians}   {shown}")
     lines.append(f"{'':28s}{'before':>9s}{'peak':>9s}{'after':>9s}")
     for name, scale, title in (
         ("rss", 1e6, "resident MB"),

@@ -1,4 +1,4 @@
-"""Hostile callers, each with its way to trouble a rank whose secret it lacks, and the recorder for one of them."""
+"""Hostile callers, each with its way to trouble a rank whose secret it lacks; a recorder for one of them; a decoy."""
 
 import asyncio
 import contextlib
@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
+from gossip.faults import ProtocolError
 from gossip.handshake import CALLER, proof
-from gossip.protocol import NONCE_BYTES, OPENING_BYTES, PROOF_BYTES, encode_opening
+from gossip.protocol import NONCE_BYTES, OPENING_BYTES, PROOF_BYTES, decode_opening, encode_opening
+from gossip.switchboard import HANDSHAKE_SECONDS
 
 DRIP_SECONDS = 0.25  # between the bytes of a slow caller: all of them take longer than a handshake may
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
@@ -146,6 +148,28 @@ async def _call(
     finally:
         account.accepted += line.heard > OPENING_BYTES
         line.abort()
+
+
+@contextlib.asynccontextmanager
+async def decoy() -> AsyncIterator[tuple[str, int]]:
+    """Something that refuses strangers as a rank does; where it listens meanwhile.
+
+    Called in a rank's stead it shows what the callers cost the machine by themselves.
+    """
+    server = await asyncio.start_server(_refuse, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()
+
+
+async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        decode_opening(await asyncio.wait_for(reader.readexactly(OPENING_BYTES), HANDSHAKE_SECONDS))
+        writer.write(_opening())
+        await asyncio.wait_for(reader.readexactly(PROOF_BYTES), HANDSHAKE_SECONDS)
+    except (*_BROKEN, ProtocolError, asyncio.TimeoutError):
+        pass  # nothing is said about it
+    finally:
+        writer.close()
 
 
 def _opening() -> bytes:

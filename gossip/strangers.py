@@ -12,25 +12,30 @@ from gossip.ledger import Ledger, Talk
 STRANGERS_LIMIT = 64  # at once
 ACCEPTS_PER_SECOND = 100.0  # sustained: bounds the time that strangers take from training
 ACCEPTS_AT_ONCE = 200  # after a calm
+ACCEPTS_ON_CREDIT = 10  # in a flood: one by one, each would cost three times as much in wake-ups
 REPORT_SECONDS = 10.0  # between two lines about the same kind of failure
 
 
 class TokenBucket:
-    """Lets `rate` events a second pass, and `burst` at once after a calm. clock: seconds that never go back."""
+    """Lets `rate` events a second pass, and `burst` at once after a calm.
 
-    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+    credit: how many may pass unpaid before one has to wait, for all of them; clock: seconds that never go back.
+    """
+
+    def __init__(self, rate: float, burst: int, credit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
         self._burst = burst
+        self._credit = credit
         self._clock = clock
         self._tokens = float(burst)
         self._counted_at = clock()
 
     def take(self) -> float:
-        """Take a token, on credit where there is none; returns the seconds to wait until it is paid for."""
+        """Take a token; returns the seconds to wait before its event."""
         now = self._clock()
         self._tokens = min(self._burst, self._tokens + (now - self._counted_at) * self._rate) - 1
         self._counted_at = now
-        return max(0.0, -self._tokens / self._rate)
+        return 0.0 if self._tokens > -self._credit else -self._tokens / self._rate
 
 
 @dataclass

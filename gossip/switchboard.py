@@ -16,7 +16,15 @@ from gossip.network_utils import connect, join_address
 from gossip.protocol import Hello
 from gossip.snapshot_desk import Delivery, SnapshotDesk
 from gossip.state import Snapshot
-from gossip.strangers import ACCEPTS_AT_ONCE, ACCEPTS_PER_SECOND, REPORT_SECONDS, Reports, Strangers, TokenBucket
+from gossip.strangers import (
+    ACCEPTS_AT_ONCE,
+    ACCEPTS_ON_CREDIT,
+    ACCEPTS_PER_SECOND,
+    REPORT_SECONDS,
+    Reports,
+    Strangers,
+    TokenBucket,
+)
 from gossip.wire import Channel, Wire, bounded
 from runtime.stderr import say
 
@@ -69,7 +77,7 @@ class Switchboard:
         self._slot = threading.Lock()  # held while in a conversation, until its merge: released by either thread
         self._reports = Reports(REPORT_SECONDS)
         self._strangers = Strangers(ledger, self._reports)
-        self._accepts = TokenBucket(ACCEPTS_PER_SECOND, ACCEPTS_AT_ONCE)
+        self._accepts = TokenBucket(ACCEPTS_PER_SECOND, ACCEPTS_AT_ONCE, ACCEPTS_ON_CREDIT)
         self._tasks: set[asyncio.Task] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -193,8 +201,7 @@ class Switchboard:
         """One conversation and its account."""
         error: ProtocolError | None = ProtocolError(Fault.INTERNAL)  # what any other exception counts as
         try:
-            outcome = await bounded(self._talk(talk), self._seconds, "the conversation")
-            self._conclude(talk, outcome)
+            self._conclude(talk, await bounded(self._talk(talk), self._seconds, "the conversation"))
             error = None
         except ProtocolError as fault:
             error = fault

@@ -35,17 +35,10 @@ def kernels() -> CDLL | None:
     return library
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces
-def _available() -> bool:
-    return kernels() is not None
-
-
 def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """See mingru.scan.scan; differentiable once."""
     fits = projected_BT2E.device.type == "cpu" and projected_BT2E.dtype in _SUFFIXES
-    if not (fits and _available()):
-        return scan_tiled.scan(projected_BT2E, prev_hidden_BE, reset_BT)
-    return scan_forward(projected_BT2E, prev_hidden_BE, reset_BT)
+    return (scan_forward if fits else scan_tiled.scan)(projected_BT2E, prev_hidden_BE, reset_BT)
 
 
 @torch.library.custom_op("gruboros::scan_native_forward", mutates_args=(), device_types="cpu")
@@ -53,6 +46,8 @@ def scan_forward(
     projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """h_BTE in the input's dtype and the last h_BE in float32."""
+    if kernels() is None:  # asked in here, where torch.compile does not look
+        return scan_tiled.scan_forward(projected_BT2E, prev_hidden_BE, reset_BT)
     B, T, E2 = projected_BT2E.shape
     projected_BT2E, first_BE, reset_BT = _ready(projected_BT2E), _state(prev_hidden_BE), _ready(reset_BT)
     h_BTE = projected_BT2E.new_empty(B, T, E2 // 2)
@@ -71,6 +66,8 @@ def scan_backward(
     reset_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of projected_BT2E, in its dtype, and of the previous hidden state, in float32."""
+    if kernels() is None:
+        return scan_tiled.scan_backward(grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT)
     projected_BT2E, first_BE, reset_BT = _ready(projected_BT2E), _state(prev_hidden_BE), _ready(reset_BT)
     grad_BTE, grad_last_BE = _ready(grad_BTE), _state(grad_last_BE)
     grad_projected_BT2E, grad_first_BE = torch.empty_like(projected_BT2E), torch.empty_like(grad_last_BE)

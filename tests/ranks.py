@@ -20,10 +20,11 @@ HEARTBEAT_SECONDS = 0.2
 LIVENESS_SECONDS = 2.0
 FLAGS = [*TINY, "--gossip_heartbeat", str(HEARTBEAT_SECONDS), "--gossip_liveness", str(LIVENESS_SECONDS),
          "--gossip_host", "127.0.0.1", "--gossip_fitness_decay", "0.5", "--val_every", "0"]  # fmt: skip
+PATIENCE = 120.0  # seconds, on a crowded machine, before a test gives up
 _STEP = re.compile(r"^\S+ \S+ step +(\d+) ", re.MULTILINE)
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """The first true value of `condition()`, asked again and again; an AssertionError after `seconds` without one."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -89,7 +90,7 @@ class World:
         self.signal(rank, signal.SIGTERM)
         assert self.ended(rank) == 0, self.said(process)
 
-    def ended(self, rank: int, seconds: float = 60.0) -> int:
+    def ended(self, rank: int, seconds: float = PATIENCE) -> int:
         """Wait for the end of a rank that is about to end by itself; its exit status."""
         return self.processes.pop(rank).wait(timeout=seconds)
 
@@ -104,7 +105,7 @@ class World:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def eventually(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    def eventually(self, condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         """eventually(), as long as no rank that should be running has ended."""
 
         def asked() -> Any:

@@ -43,8 +43,8 @@ class RemoteRank:
     def order(self, **order: object) -> dict:
         """call=True: call a peer; fitness=1.0; register="host:port": publish another address; begin; end.
 
-        Returns the rank's report after that: step, seconds (on its clock), slowest (the longest step since the last
-        report), values (first and last of each tensor), counters, addresses of its live peers, threads.
+        Returns the rank's report after that: step, seconds (on its clock), values (first and last of each tensor),
+        counters, addresses of its live peers.
         """
         self._process.stdin.write(json.dumps(order) + "\n")
         answer = self._process.stdout.readline()
@@ -72,14 +72,12 @@ def obey() -> None:
         orders.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    rank, slowest = None, 0.0
+    rank = None
     while True:
         try:
             order = orders.get(block=rank is None)
         except queue.Empty:
-            began = time.monotonic()
             train_step(rank)
-            slowest = max(slowest, time.monotonic() - began)
             continue
         if rank is not None and (order is None or "end" in order):
             rank.node.close()
@@ -95,8 +93,7 @@ def obey() -> None:
             rank.node.address = order["register"]
         if "call" in order:
             rank.call()
-        print(json.dumps(report(rank) | {"slowest": slowest} if rank else {}), flush=True)
-        slowest = 0.0
+        print(json.dumps(report(rank) if rank else {}), flush=True)
 
 
 def begin(folder: str, rank: int, items: int = 100, value: float = 0.0, fitness: float | None = None, **config) -> Rank:
@@ -125,7 +122,6 @@ def report(rank: Rank) -> dict:
         "values": sorted({float(tensor.view(-1)[place]) for tensor in rank.live.values() for place in (0, -1)}),
         "counters": vars(rank.node.counters),
         "addresses": [member.address for member in roster.peers(rank.log.rank)] if roster else [],
-        "threads": sorted(thread.name for thread in threading.enumerate()),
     }
 
 

@@ -119,9 +119,9 @@ def test_fault_that_went_on_from_another_checkpoint_is_lost():
 
 @pytest.mark.injects(Injection.KILL)
 def test_killing_in_the_middle_of_phases_costs_no_whole_checkpoint(tmp_path):
-    flags = ["--kills", "6", "--populations", "1", "--ranks", "3"]
+    flags = ["--kills", "4", "--populations", "1", "--ranks", "3"]
     status, figures = bench("killing", tmp_path / "killing.json", *flags)
-    assert figures["shown"]["kills"] == figures["shown"]["resumed_from_the_newest_whole"] == 6
+    assert figures["shown"]["kills"] == figures["shown"]["resumed_from_the_newest_whole"] == 4
     assert any(blow["hit"] for blow in figures["log"])
     assert figures["shown"]["half_written_files_left"] == 0
     assert status == 0

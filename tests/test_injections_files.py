@@ -1,18 +1,17 @@
 """Filesystem faults, brought about in real train.py processes: by strace at their system calls, and by mounts."""
 
-import contextlib
 import errno
 import os
 import re
+import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench.injection import Injection
 from gossip.filesystem_coordinator import FilesystemCoordinator
+from tests.mounts import mount, mounted
 from tests.ranks import LIVENESS_SECONDS, World
 from tests.strace import attached, system_calls
 from training.checkpoint import CheckpointError, find_model_file, list_checkpoints, read_own_checkpoint
@@ -21,22 +20,6 @@ SAVING = ["--save_every", "20", "--no_fitness_weighted_checkpointing"]
 ON_DEMAND = ["--save_every", "1g", "--no_fitness_weighted_checkpointing"]  # a save at SIGUSR1 alone, and at the end
 ALONE = ["--no_filesystem_coordinator", "--gossip_mixing_rate", "0", "--log_every", "1000"]  # no other system calls
 CALLS = "trace=openat,write,fsync,rename,renameat,renameat2"
-
-
-def mount(*arguments: str) -> None:
-    done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
-
-
-@contextlib.contextmanager
-def mounted(*arguments: str) -> Iterator[None]:
-    """A mount as long as the block lasts; the last argument is its place."""
-    mount(*arguments)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", arguments[-1]], check=True)
 
 
 @pytest.fixture
@@ -54,11 +37,13 @@ def live(text, tmp_path_factory):
     world = World(cwd, text, 2, *SAVING, run="place/run")
     world.run.mkdir(parents=True)
     with mounted("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(world.run)):
-        world.start(0)
-        world.eventually(world.checkpoints)
-        yield world
-        world.stop(0)
-        world.close()
+        try:
+            world.start(0)
+            world.eventually(world.checkpoints)
+            yield world
+            world.stop(0)
+        finally:
+            world.close()
 
 
 def saves_again(world: World) -> None:
@@ -179,9 +164,13 @@ def test_a_run_directory_that_is_read_only_for_a_while_stops_no_training(live):
 def test_a_run_directory_that_vanishes_for_a_while_stops_no_training(live):
     place, away = live.run.parent, live.cwd / "away"
     place.rename(away)
-    fails_to_save(live, "No such file or directory")
-    assert not place.exists()  # nobody begins another run in its place
-    away.rename(place)
+    try:
+        fails_to_save(live, "No such file or directory")
+        assert not place.exists()  # nobody begins another run in its place
+    finally:
+        if place.exists():
+            shutil.rmtree(place)
+        away.rename(place)
     saves_again(live)
 
 

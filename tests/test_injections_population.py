@@ -16,7 +16,7 @@ from bench.injection import Injection
 from gossip.filesystem_coordinator import FilesystemCoordinator
 from runtime.files import replace_symlink
 from tests.population import TALKS, Population, launched, poisoned, slowed
-from tests.ranks import HEARTBEAT_SECONDS, LIVENESS_SECONDS, World, eventually
+from tests.ranks import HEARTBEAT_SECONDS, LIVENESS_SECONDS, PATIENCE, World, eventually
 from tests.strace import attached, strace_prefix
 
 # Checkpoints at SIGUSR1 alone, and at the end: then a test knows what there is. A peer that stands still is given up
@@ -24,6 +24,24 @@ from tests.strace import attached, strace_prefix
 FLAGS_HERE = ["--save_every", "1g", "--no_fitness_weighted_checkpointing", "--gossip_mixing_rate", "0.1",
               "--gossip_timeout", "5", "--keep_checkpoints", "2", "--keep_elite", "1"]  # fmt: skip
 CROWDED_SECONDS = 3.0  # what a machine may add that has other things to do
+
+
+@pytest.mark.injects(Injection.KILL)
+def test_a_killed_rank_is_restarted_by_the_launcher_and_goes_on_from_its_own_checkpoint(text, tmp_path):
+    world = World(tmp_path, text, 2, *FLAGS_HERE)
+    with launched(world) as launcher:
+        eventually(lambda: world.live() == [0, 1])
+        saved = world.save(1)
+        world.goes_on(1)
+        killed = world.pid(1)
+        os.kill(killed, signal.SIGKILL)
+        world.goes_on(0, steps=100)
+        eventually(lambda: world.pid(1) != killed and world.live() == [0, 1])
+        assert f"resumed {saved.name}" in world.log(1)
+        world.goes_on(1)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=PATIENCE) == 0  # the last process of every rank ended well
+        assert "rank 1 was killed by SIGKILL" in (world.cwd / "errors").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +94,7 @@ def test_a_rank_that_comes_late_adopts_the_weights_of_an_elder(population):
 @pytest.mark.injects(Injection.RESTART)
 def test_a_rank_that_is_ended_and_started_again_goes_on_where_it_was(population):
     population.gather(0, 1, 2)
+    population.save(0)
     population.stop(2)
     saved = population.checkpoints(2)[-1]
     population.eventually(lambda: population.live() == [0, 1])
@@ -128,10 +147,19 @@ def test_two_leaders_at_once_do_no_harm(population):
         leaders.clear()
         population.eventually(both_lead)
     population.eventually(lambda: is_tidy(population, newest))
+    beats: list[int] = []
+
+    def rank_0_leads_alone() -> bool:
+        ranking = population.ranking()
+        if ranking["leader"] != 0:
+            beats.clear()
+            return False
+        beats.append(ranking["sequence"])
+        return beats[-1] >= beats[0] + 10
+
+    population.eventually(rank_0_leads_alone)
     population.gather(0, 1, 2)
-    for _ in range(3):
-        population.mixes(0)
-        assert population.ranking()["leader"] == 0
+    others_go_on(population)
 
 
 def is_tidy(population: Population, saved: dict[int, list[Path]]) -> bool:
@@ -170,10 +198,10 @@ def test_without_locks_the_older_process_of_a_rank_gives_way(population):
     older = population.processes.pop(1)
     no_locks = strace_prefix("--seccomp-bpf", "-e", "inject=flock:error=ENOLCK", trace=population.cwd / "trace")
     newer = population.start(1, prefix=no_locks, resume=True)
-    assert older.wait(timeout=60) == 2
+    assert older.wait(timeout=PATIENCE) == 2
     assert "expected rank 1 of" in (last := population.said(older).splitlines()[-1]) and "took its place" in last
     assert "Traceback" not in population.said(older)
-    assert {file.path for file in population.checkpoints(1)} == before  # it saved nothing when it left
+    assert {file.path for file in population.checkpoints(1)} <= before  # it saved nothing when it left
     assert "has no file locks" in population.said(newer)
     population.gather(0, 1, 2)
     assert population.entry(1)["life"] == life + 1
@@ -221,16 +249,16 @@ def test_an_elite_that_does_harm_is_rolled_back_and_one_that_is_broken_refused(p
     good = population.save(0)
     population.begin(2, "--rejuvenation_probability", "1", "--rejuvenation_threshold", "1")
     with poisoned(population, good, 1, lambda weights: weights.neg_()):
-        (row, *_) = population.eventually(lambda: population.events(2, "rolled_back"))
-        before, after = map(float, re.search(r"(\S+) before, (\S+) nats/byte after", row["message"]).groups())
+        message = population.eventually(lambda: message_about(population, "rolled_back", "elite_01.pt"))
+        before, after = map(float, re.search(r"(\S+) before, (\S+) nats/byte after", message).groups())
         assert after > before + 0.1
     with poisoned(population, good, 2, lambda weights: weights.view(-1)[:1].fill_(torch.nan)):
-        population.eventually(lambda: failed_rejuvenations(population, "expected finite weights"))
+        population.eventually(lambda: message_about(population, "rejuvenation_failed", "expected finite weights"))
     link = population.run / "elite_01.pt"
 
     def refuses_what_is_not_there() -> bool:
         replace_symlink(link, "checkpoint_rank_0000_step_000000_loss_0.0001.pt")  # again: the leader mends it
-        return failed_rejuvenations(population, "no such file")
+        return message_about(population, "rejuvenation_failed", "no such file")
 
     population.eventually(refuses_what_is_not_there)
     population.eventually(link.exists)
@@ -239,8 +267,9 @@ def test_an_elite_that_does_harm_is_rolled_back_and_one_that_is_broken_refused(p
     assert float(population.metrics(2)[-1]["ema_loss"]) < 2 * float(population.metrics(0)[-1]["ema_loss"])
 
 
-def failed_rejuvenations(population: Population, message: str) -> bool:
-    return any(message in row["message"] for row in population.events(2, "rejuvenation_failed"))
+def message_about(population: Population, event: str, what: str) -> str | None:
+    """What rank 2 said first of such an event that was about `what`."""
+    return next((row["message"] for row in population.events(2, event) if what in row["message"]), None)
 
 
 @pytest.mark.injects(Injection.FRESH_RESTART)
@@ -255,21 +284,3 @@ def test_a_rank_that_comes_back_without_a_checkpoint_adopts_a_live_peers_weights
     population.eventually(lambda: len(population.adoptions(2)) > before)
     population.eventually(lambda: population.lineage(2) > population.step(2) + 200)
     population.gather(0, 1, 2)
-
-
-@pytest.mark.injects(Injection.KILL)
-def test_a_killed_rank_is_restarted_by_the_launcher_and_goes_on_from_its_own_checkpoint(text, tmp_path):
-    world = World(tmp_path, text, 2, *FLAGS_HERE)
-    with launched(world) as launcher:
-        eventually(lambda: world.live() == [0, 1])
-        saved = world.save(1)
-        world.goes_on(1)
-        killed = world.pid(1)
-        os.kill(killed, signal.SIGKILL)
-        world.goes_on(0, steps=100)
-        eventually(lambda: world.pid(1) != killed and world.live() == [0, 1])
-        assert f"resumed {saved.name}" in world.log(1)
-        world.goes_on(1)
-        launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(timeout=60) == 0  # the last process of every rank ended well
-        assert "rank 1 was killed by SIGKILL" in (world.cwd / "errors").read_text()

@@ -19,7 +19,6 @@ from gossip.protocol import Flow, SnapshotHeader
 from gossip.secret import run_secret
 from tests.conftest import TINY
 from tests.gossip_helpers import (
-    PATIENCE,
     Rank,
     RawPeer,
     counted,

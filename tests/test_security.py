@@ -13,7 +13,8 @@ SOURCES = sorted(
 LOADERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 # torch.load raises pickle.UnpicklingError for what weights_only refuses: the name of that error is all that is used.
-ALLOWED = {("training/checkpoint.py", "pickle.UnpicklingError")}
+# And a pickle is among what the fuzzer feeds the decoders.
+ALLOWED = {("training/checkpoint.py", "pickle.UnpicklingError"), ("bench/fuzz_inputs.py", "pickle.dumps")}
 
 
 def breaches(source: str) -> list[str]:

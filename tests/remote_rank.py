@@ -30,9 +30,7 @@ class RemoteRank:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.address = f"{host.address}:{PORT}"
-        self._process = host.start(
-            "-m", "tests.remote_rank", stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
-        )  # fmt: skip
+        self._process = host.start("-m", "tests.remote_rank", stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1)
 
     def begin(self, folder: Path, rank: int, **options: object) -> None:
         """Start a rank that listens on eth0; options: items in each tensor, value of all of them, fitness, and
@@ -41,7 +39,7 @@ class RemoteRank:
         self.order(begin={"folder": str(folder), "rank": rank, **options})
 
     def order(self, **order: object) -> dict:
-        """call=True: call a peer; fitness=1.0; register="host:port": publish another address; begin; end.
+        """call=True: call a peer; register="host:port": publish another address; begin; end.
 
         Returns the rank's report after that: step, seconds (on its clock), values (first and last of each tensor),
         counters, addresses of its live peers.
@@ -87,8 +85,6 @@ def obey() -> None:
             return
         if "begin" in order:
             rank = begin(**order["begin"])
-        if "fitness" in order:
-            rank.fitness = order["fitness"]
         if "register" in order:
             rank.node.address = order["register"]
         if "call" in order:

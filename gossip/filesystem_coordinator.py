@@ -161,7 +161,7 @@ class FilesystemCoordinator:
             return read_entry(self.rank, rank_file(self.directory, self.rank))
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (OSError, ValueError):  # a stale handle, or torn: the next beat looks again
             self.unreadable += 1
             return None
 

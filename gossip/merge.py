@@ -1,5 +1,6 @@
 """A peer's state becomes part of the live one: in place, all or nothing, and undone by a swap."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ def merge(
     assert method in MERGE_METHODS and 0 <= alpha <= 1, f"{method} {alpha}"
     share = 0.5 if method == "average" else alpha
     done: list[tuple[Tensor, Tensor]] = []
-    try:
+    with contextlib.ExitStack() as undoing:  # whatever the error is
+        undoing.callback(_undo, done)
         for rule, now, theirs, mine in _pieces(schema, live, peer, own):
             arrived = theirs.to(now.device)
             if method == "clonal":
@@ -57,10 +59,7 @@ def merge(
                 now.copy_(arrived)
             else:
                 now.add_(change, alpha=share)
-    except BaseException:
-        for now, overwritten in done:
-            now.copy_(overwritten)
-        raise
+        undoing.pop_all()
 
 
 @torch.no_grad()
@@ -92,14 +91,12 @@ def merge_judged(
         return Trial(math.nan, math.nan, kept=True)
     before = judge()
     merge(live, schema, peer, own, method, alpha)
-    try:
+    with contextlib.ExitStack() as undoing:  # also if the judge raises
+        undoing.callback(swap, live, schema, peer)
         after = judge()
-    except BaseException:
-        swap(live, schema, peer)
-        raise
-    kept = math.isfinite(after) and not after > before + tolerance  # a loss before that is not finite is beaten by any
-    if not kept:
-        swap(live, schema, peer)
+        kept = math.isfinite(after) and not after > before + tolerance  # one before that is not finite is beaten by any
+        if kept:
+            undoing.pop_all()
     return Trial(before, after, kept)
 
 
@@ -110,6 +107,11 @@ def weight_norm(live: Mapping[str, Tensor], schema: Schema) -> float:
     wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in weights]
     norms = [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in zip(weights, wide, strict=True)]
     return math.hypot(*(float(norm) for norm in norms))
+
+
+def _undo(done: list[tuple[Tensor, Tensor]]) -> None:
+    for now, overwritten in done:
+        now.copy_(overwritten)
 
 
 def _pieces(

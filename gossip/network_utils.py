@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import fcntl
 import ipaddress
@@ -98,13 +99,11 @@ async def connect(address: str) -> socket.socket:
 async def _connect(family: socket.AddressFamily, where: tuple) -> socket.socket:
     if not _is_one_host(where[0]):
         raise OSError(f"{where[0]} is not the address of one host")
-    connection = socket.socket(family, socket.SOCK_STREAM)
-    try:
+    with contextlib.ExitStack() as closing:
+        connection = closing.enter_context(socket.socket(family, socket.SOCK_STREAM))
         connection.setblocking(False)
         await asyncio.get_running_loop().sock_connect(connection, where)
-    except BaseException:
-        connection.close()
-        raise
+        closing.pop_all()
     return connection
 
 

@@ -21,17 +21,15 @@ def atomic_writer(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = temporary_name(path)
-    try:
+    with contextlib.ExitStack() as cleaning:
+        cleaning.callback(temporary.unlink, missing_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        cleaning.pop_all()
     if durable:
         sync_folder(path.parent)
 

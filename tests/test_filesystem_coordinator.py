@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import time
@@ -509,3 +510,18 @@ def test_coordinator_folds_and_reads_1024_members(tmp_path):
     assert len(live(roster)) == len(live(seen)) == 1024
     assert seen.member(1023).standing == 1.0 and len(seen.peers(1)) == 1022
     print(f"1024 members: fold {1e3 * (folded - began):.0f} ms, read {1e3 * (read - folded):.0f} ms")
+
+
+@pytest.mark.injects(Injection.STALE_ATTRIBUTES)
+def test_coordinator_beats_on_where_its_own_file_is_stale(tmp_path, monkeypatch):
+    coordinator = FilesystemCoordinator(tmp_path, 0, 2, "ab" * 16, timeout_seconds=10.0)
+    coordinator.beat({"step": 1})
+
+    def stale(rank, path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gossip.filesystem_coordinator.read_entry", stale)
+        coordinator.beat({"step": 2})
+    assert coordinator.unreadable == 1
+    assert read_ranking(tmp_path)["members"][0]["step"] == 2

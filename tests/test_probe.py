@@ -130,14 +130,14 @@ def test_an_elite_that_does_harm_is_undone_bit_for_bit_and_not_tried_again(
     make_worst(trainer, monkeypatch)
     before = {name: tensor.clone() for name, tensor in trainer.weights.tensors().items()}
     scalars, fitness, totals = trainer.weights.scalars(), trainer.parts.tracker.fitness, vars(trainer.totals).copy()
-    for _ in range(2):
+    for _ in range(3):
         trainer._rejuvenation.consider()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.weights.tensors().items())
     assert (trainer.weights.scalars(), trainer.parts.tracker.fitness) == (scalars, fitness)
     assert vars(trainer.totals) == totals
     lines = (tmp_path / "after.log").read_text().splitlines()
     assert f"rolled_back: elite_01.pt ({elite.path.name})" in lines[0] and "nats/byte after" in lines[0]
-    assert "rejuvenation_failed" in lines[1] and len(lines) == 2
+    assert len(lines) == 1  # and nothing more is said of it at every step
 
 
 @pytest.mark.parametrize(("scale", "tolerance"), [(1.0, 0.1), (-30.0, None)], ids=["harmless", "no-judge"])

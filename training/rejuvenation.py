@@ -1,12 +1,11 @@
 """One of the worst ranks takes up an elite checkpoint, and keeps what that made of it only if it is no worse."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from gossip.merge import merge, swap
+from gossip.merge import merge_judged
 from training.checkpoint import CheckpointError, read_own_checkpoint
 from training.population import is_among_worst, standing_of
 
@@ -38,37 +37,38 @@ class Rejuvenation:
     def _rejuvenate(self) -> None:
         """Raises CheckpointError where no elite serves, OutOfMemoryError; the weights are then as they were."""
         trainer = self._trainer
-        options, schema, judge = trainer.options.population, trainer.parts.schema, trainer.parts.probe.loss
-        link, name = self._choose()
+        options, schema = trainer.options.population, trainer.parts.schema
+        chosen = self._choose()
+        if chosen is None:
+            return
+        link, name = chosen
         training = read_own_checkpoint(link)["training"]
         live, elite = trainer.weights.tensors(), training["tensors"]
         if {k: tensor.shape for k, tensor in elite.items()} != {k: tensor.shape for k, tensor in live.items()}:
             raise CheckpointError(f"expected an elite of this model and optimizer, got another in {link}")
-        judged = options.gossip_rollback is not None
-        before = judge() if judged else math.nan
         trainer.before_write()
-        merge(live, schema, elite, None, options.gossip_merge_method, options.gossip_recombination_alpha)
-        if judged:
-            try:
-                after = judge()
-            except torch.OutOfMemoryError:
-                swap(live, schema, elite)
-                raise
-            if not math.isfinite(after) or after > before + options.gossip_rollback:
-                swap(live, schema, elite)
-                self._refused.add(name)
-                trainer.event("rolled_back", f"{link.name} ({name}): {before:.4f} before, {after:.4f} nats/byte after")
-                return
+        trial = merge_judged(
+            live, schema, elite, None, options.gossip_merge_method, options.gossip_recombination_alpha,
+            None if options.gossip_rollback is None else trainer.parts.probe.loss, options.gossip_rollback,
+        )  # fmt: skip
+        if not trial.kept:
+            self._refused.add(name)
+            losses = f"{trial.before:.4f} before, {trial.after:.4f} nats/byte after"
+            trainer.event("rolled_back", f"{link.name} ({name}): {losses}")
+            return
         trainer.parts.node.weights_changed()
         whole = options.gossip_merge_method == "clonal"
         trainer.weights_replaced(training["scalars"] if whole else None, training["totals"]["lineage"])
         trainer.event("rejuvenated", f"merged {link.name}")
 
-    def _choose(self) -> tuple[Path, str]:
-        """A random elite's link, and the name of the checkpoint behind it."""
+    def _choose(self) -> tuple[Path, str] | None:
+        """A random elite's link, and the name of the checkpoint behind it; None where all of them did harm here.
+
+        Raises CheckpointError where there is none at all.
+        """
         run_dir = self._trainer.parts.run.path
         links = [(link, link.resolve().name) for link in sorted(run_dir.glob("elite_*.pt"))]
-        links = [(link, name) for link, name in links if name not in self._refused]
         if not links:
             raise CheckpointError(f"expected an elite checkpoint, got none in {run_dir}: none was saved yet")
-        return self._trainer.dice.choice(links)
+        untried = [(link, name) for link, name in links if name not in self._refused]
+        return self._trainer.dice.choice(untried) if untried else None

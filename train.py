@@ -21,6 +21,7 @@ from gossip.state import Schema
 from mingru.sizing import parameter_count
 from runtime.arguments import run_main
 from runtime.devices import choose_device
+from runtime.files import set_aside
 from runtime.ranks import identity_from_environment
 from runtime.signals import SignalFlags
 from runtime.stderr import say
@@ -28,12 +29,13 @@ from training import setup
 from training.checkpoint import build_model, checkpoint_bytes
 from training.checkpoint_writer import CheckpointWriter
 from training.data import LaneReader
+from training.fitness import Fitness
 from training.loop import Parts, Trainer
 from training.memory import check_memory, estimate_memory
 from training.metrics import MetricsFile, Progress, RunLog
 from training.optimizer import build_optimizer
 from training.options import parse_arguments
-from training.probe import Probe
+from training.probe import Probe, split_probe
 from training.recovery import TrainingDiverged
 from training.resume import restore
 from training.retention import RetentionPolicy, disk_use, remove_leftovers, retire_later, tidy
@@ -45,10 +47,10 @@ def main(arguments: list[str]) -> int:
     given = parse_arguments(arguments, __doc__.splitlines()[0])
     identity = identity_from_environment(os.environ)
     is_first = identity.rank == 0
-    setup.check_environment()
     options, run, goes_on = setup.choose_run(given, identity)
     population = setup.gossip_config(options)
     device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
+    setup.check_environment(device)
     held = run.lock() if goes_on else None
     resumed = setup.read_resumed(run, identity) if goes_on else None
     config = setup.choose_model(options, given, resumed)
@@ -56,7 +58,9 @@ def main(arguments: list[str]) -> int:
     parameters = parameter_count(config)
     memory = estimate_memory(parameters)
     check_memory(memory, device, max(1, identity.local_world_size))
+    heredity = setup.heredity(options, identity)
     corpus, training_region, held_out = setup.open_data(options)
+    probe_region, held_out = split_probe(training_region, held_out)
     lanes = LaneReader(
         training_region, options.data.batch_size, options.data.chunk_size,
         rank=identity.rank, world_size=identity.world_size, seed=options.optimizer.seed,
@@ -64,40 +68,53 @@ def main(arguments: list[str]) -> int:
     model = build_model(config, setup.initial_weights(options, config, resumed), device)
     torch.manual_seed((options.optimizer.seed * 1_000_003 + identity.rank + 1) % 2**63)  # dropout differs by rank
     weights = build_optimizer(model, options.optimizer)
-    schema = Schema.of(weights.tensors(), weights.rules, setup.terms(options, weights, corpus))
+    schema = Schema.of(weights.tensors(), weights.rules, {})
+    travelling = setup.gossip_state(options, weights)
     listener = setup.open_listener(options, identity)
     log = RunLog(run.log, echo=is_first and not sys.stderr.isatty())
 
     if not goes_on:
         run.claim(identity)
         held = run.lock()
+        if not identity.restarts:  # another run of this name may have left its own
+            log.begin_anew()
+            set_aside(run.event_log)
     remove_leftovers(run.path, identity.rank)
     if is_first or (identity.local_rank == 0 and not options.population.filesystem_coordinator):
         run.write_config(options, config, parameters, identity, str(device))  # once a run, or a host, as folders go
-    events = EventLog(run.event_log, identity.rank)
+    events = EventLog(run.event_log, identity.rank, tell=log.mix)
     archive_dice = random.Random()
     policy = RetentionPolicy(options.run.keep_checkpoints, options.run.keep_elite, options.run.archive_rate)
 
     def tidy_run() -> None:
         tidy(run.path, policy, archive_dice)
 
-    probe = Probe(model, weights, held_out, training_region, options.data, device)
+    fitness = Fitness(
+        options.population.gossip_fitness, FitnessTracker(options.population.gossip_fitness_decay),
+        Probe(
+            model, weights, probe_region, setup.probe_windows(options),
+            options.data.batch_size * options.data.chunk_size, device,
+        ),
+        options.population.probe_every,
+    )  # fmt: skip
     node = EvolutionaryNode(
-        identity=identity, run_id=setup.run_identity(run), run_dir=run.path, listener=listener, schema=schema,
-        live=weights.tensors(), scalars=weights.scalars, config=population, event_log=events,
+        identity=identity, run_id=setup.run_identity(run), run_dir=run.path, listener=listener,
+        schema=Schema.of(travelling, weights.rules, setup.terms(options, weights, corpus)), live=travelling,
+        scalars=weights.scalars, config=population, event_log=events,
         seed=options.optimizer.seed, leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
-        judge=probe.loss,
+        judge=fitness.judge, genes=lambda: dict(heredity.values),
     )  # fmt: skip
     trainer = Trainer(
         Parts(
             options=options, run=run, device=device, model=model, weights=weights, schema=schema, lanes=lanes,
-            held_out=held_out, probe=probe, node=node,
+            held_out=held_out, fitness=fitness, heredity=heredity, node=node,
             writer=CheckpointWriter(run.path, identity.rank, config, weights, schema, tidy_run),
-            tracker=FitnessTracker(options.population.gossip_fitness_decay), signals=signals,
+            signals=signals,
             metrics=MetricsFile(run.metrics), log=log, events=events,
             initial_weights=lambda: setup.initial_weights(options, config, None),
         )
     )  # fmt: skip
+    trainer.apply_hyperparameters()
     if resumed:
         restore(trainer, resumed.content["training"], moves=resumed.moves)
     retire_later(run.path, identity.rank, trainer.totals.step)
@@ -112,6 +129,8 @@ def main(arguments: list[str]) -> int:
         disk_use(run.path, policy, checkpoint_bytes(schema, parameters, trainer.state), identity.world_size),
         echo=is_first,
     )
+    shares = ", ".join(f"{name} {value:.4g}" for name, value in heredity.values.items())
+    log.line(f"{fitness.probe}" + (f"; evolves {shares}" if shares else ""), echo=is_first)
     if (resumed and resumed.file.rank != identity.rank) or (not resumed and options.run.init_from):
         trainer.save("where it starts")  # what it came from lies elsewhere, and may go
     del resumed  # a whole state

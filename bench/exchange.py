@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from gossip.decision import Policy
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode, GossipConfig
+from gossip.exchange import PIECE_BYTES as ENGINE_PIECE_BYTES
 from gossip.exchange import converse
 from gossip.handshake import authenticate, run_key
 from gossip.merge import merge
@@ -25,6 +27,7 @@ from gossip.network_utils import listen
 from gossip.protocol import Hello
 from gossip.state import Rule, Schema, Snapshot, StateBuffer, payload_fault, weight_energy
 from gossip.wire import Channel, Wire
+from gossip.wire_format import wire_format
 from runtime.ranks import Identity
 
 KEY = run_key(bytes(32), "bench")
@@ -35,12 +38,14 @@ PIECE_BYTES = 4 * 1024 * 1024  # of the bare sockets
 class BenchParty:
     """An end whose snapshot is ready at once."""
 
-    method = "clonal"
+    policy = Policy(method="clonal")
     scalar_names = frozenset({"k"})
+    gene_names = frozenset()
 
     def __init__(self, schema: Schema, rank: int) -> None:
         self.schema = schema
         self.send_buffer = self.receive_buffer = StateBuffer(schema)
+        self.wire_format = wire_format("fp32", ENGINE_PIECE_BYTES)
         self.rank = rank
 
     def hello(self, theirs: Hello | None) -> Hello:
@@ -53,7 +58,7 @@ class BenchParty:
         return True
 
     async def snapshot(self, generation: int) -> Snapshot:
-        return Snapshot(self.send_buffer, 0, generation, 0, {"k": 0.0})
+        return Snapshot(self.send_buffer, 0, generation, 0, {"k": 0.0}, {})
 
 
 def make_state(megabytes: int) -> tuple[dict[str, torch.Tensor], Schema]:

@@ -82,13 +82,22 @@ _FIELDS = {
     "nbytes": _counts,
     "scalars": st.dictionaries(_words, st.floats(0, 1e15), max_size=4),
     "digest": _digits.map(lambda number: f"{number:064x}"),
+    "looks": st.integers(1, 2**63 - 1),
+    "genes": st.dictionaries(_words, st.floats(1e-9, 1e15), max_size=3),
 }
+_finite = st.floats(allow_nan=False, allow_infinity=False)
+_probed = st.tuples(_digits.map(lambda number: f"{number:032x}"), st.lists(_finite, min_size=1, max_size=4).map(tuple))
+_evidence = st.just((None, ())) | _probed
 
 
 def _messages(kind: type[Message]) -> st.SearchStrategy[Message]:
     if kind is Receipt:
         return st.just(Receipt(True)) | st.sampled_from(Fault).map(lambda fault: Receipt(False, fault))
-    return st.builds(kind, **{field.name: _FIELDS[field.name] for field in fields(kind)})
+    drawn = {field.name: _FIELDS[field.name] for field in fields(kind) if field.name in _FIELDS}
+    if kind is Hello:  # losses come with a probe, and only then
+        return st.builds(lambda evidence, **others: Hello(probe=evidence[0], losses=evidence[1], **others),
+                         _evidence, **drawn)  # fmt: skip
+    return st.builds(kind, **drawn)
 
 
 _entries = st.fixed_dictionaries(

@@ -3,6 +3,7 @@
 import datetime
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from runtime.stderr import say
@@ -29,11 +30,13 @@ class EventLog:
     The file is made with its folders and a header, or continued where it exists. The constructor raises OSError
     where that cannot be done; later errors are reported once on standard error and counted in `lost`, and the
     next event tries again. Where the disk hangs, one thread hangs with it: the others lose their events.
+    tell: called on the writing thread with each event that has a peer: event, step, peer, bytes, milliseconds, message.
     """
 
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, path: Path, rank: int, tell: Callable[..., None] | None = None) -> None:
         self.path = Path(path)
         self.rank = rank
+        self._tell = tell
         self.lost = 0
         self._lock = threading.Lock()
         self._descriptor: int | None = self._open()
@@ -50,6 +53,8 @@ class EventLog:
         message: str = "",
     ) -> None:
         """Append one line with the time of now; fitness is a loss in nats per byte. Never raises OSError."""
+        if self._tell is not None and peer is not None:
+            self._tell(event, step, peer, nbytes, milliseconds, message)
         fields = (
             _timestamp(),
             str(self.rank),

@@ -7,12 +7,15 @@ import random
 import secrets
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from gossip.comparison import Evidence
+from gossip.decision import Policy
 from gossip.event_log import EventLog
+from gossip.exchange import Outcome
 from gossip.faults import Fault, ProtocolError
 from gossip.filesystem_coordinator import FilesystemCoordinator, Roster
 from gossip.handshake import run_key
@@ -20,11 +23,12 @@ from gossip.heartbeat import Heartbeat
 from gossip.intake import Intake, MergeReport
 from gossip.ledger import Counters, Ledger
 from gossip.network_utils import join_address, parse_peer
-from gossip.protocol import MERGE_METHODS, Hello
+from gossip.protocol import Hello
 from gossip.reputation import Reputation
 from gossip.snapshot_desk import SnapshotDesk
 from gossip.state import Schema
 from gossip.switchboard import Switchboard
+from gossip.wire_format import WIRE_DTYPES
 from runtime.errors import UserError
 from runtime.ranks import Identity
 
@@ -35,16 +39,17 @@ POPULATION_FOLDER = "population"
 class GossipConfig:
     """How a rank takes part in the population.
 
-    mixing_rate: chance of a call at each step; merge_method: one of MERGE_METHODS; recombination_alpha: share of a
-    fitter peer, 0 to 1; peers: "host:port" to call beside those in the registry; filesystem_coordinator: keep the
-    registry in the run directory; *_seconds: between heartbeats, of silence after which a rank counts as dead, and for
-    a whole exchange; rollback_tolerance: a merge that makes the judge's loss worse by more (nats per byte) is undone,
-    None: none is.
+    mixing_rate: chance of a call at each step; policy: whose weights travel, and how they are merged;
+    recombination_alpha: share of a fitter peer, 0 to 1; wire_dtype: one of WIRE_DTYPES; peers: "host:port" to call
+    beside those in the registry; filesystem_coordinator: keep the registry in the run directory; *_seconds: between
+    heartbeats, of silence after which a rank counts as dead, and for a whole exchange; rollback_tolerance: a merge that
+    makes the judge's loss worse by more (nats per byte) is undone, None: none is.
     """
 
     mixing_rate: float = 0.01
-    merge_method: str = "recombination"
+    policy: Policy = field(default_factory=Policy)
     recombination_alpha: float = 0.5
+    wire_dtype: str = "fp32"
     peers: tuple[str, ...] = ()
     filesystem_coordinator: bool = True
     heartbeat_seconds: float = 2.0
@@ -66,8 +71,8 @@ class GossipConfig:
             )
         if self.rollback_tolerance is not None and not self.rollback_tolerance >= 0:
             raise UserError(f"expected rollback_tolerance from 0, got {self.rollback_tolerance}: choose nats per byte")
-        if self.merge_method not in MERGE_METHODS:
-            raise UserError(f"expected one of {', '.join(MERGE_METHODS)}, got {self.merge_method!r}: choose one")
+        if self.wire_dtype not in WIRE_DTYPES:
+            raise UserError(f"expected wire_dtype {' or '.join(WIRE_DTYPES)}, got {self.wire_dtype!r}: choose one")
         for peer in self.peers:
             parse_peer(peer)
 
@@ -77,9 +82,10 @@ class EvolutionaryNode:
 
     run_dir: holds the registry (None: only without the filesystem coordinator); listener: see network_utils.listen(),
     closed by close(); live: the training tensors by the schema's names, contiguous and written in place; scalars: the
-    optimizer's numbers, called at step boundaries; leader_duty: called on the coordinator thread after a beat when
-    leading; secret: the run's, see run_secret(); judge: loss in nats per byte of the live weights on bytes that are the
-    same each time, by which a merge that does harm is known (None: none is judged).
+    optimizer's numbers, genes: the hyperparameters that evolve, both called at step boundaries; leader_duty: called on
+    the coordinator thread after a beat when leading; secret: the run's, see run_secret(); judge: loss in nats per byte
+    of the live weights on bytes that are the same each time, by which a merge that does harm is known (None: none is
+    judged).
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class EvolutionaryNode:
         leader_duty: Callable[[Roster], None] | None,
         secret: bytes,
         judge: Callable[[], float] | None = None,
+        genes: Callable[[], dict[str, float]] = dict,
     ) -> None:
         assert not config.filesystem_coordinator or run_dir is not None
         self.incarnation = secrets.token_hex(16)
@@ -112,12 +119,13 @@ class EvolutionaryNode:
         self._judge = judge
         self._key = run_key(secret, run_id)
         self._ledger = Ledger(event_log)
-        self._desk = SnapshotDesk(schema, live, scalars)
+        self._desk = SnapshotDesk(schema, live, scalars, genes)
         self._dice = random.Random(f"dice {seed} {identity.rank}")
         self._peer_dice = random.Random(f"peers {seed} {identity.rank}")  # the network thread's
         self._peers = config.peers
         self._reputation = Reputation()
         self._seeking = False
+        self._looks = 0, 0  # a generation, and the comparisons that its weights were in; the network thread's
         self._switchboard: Switchboard | None = None
         self._intake: Intake | None = None
         self._heartbeat: Heartbeat | None = None
@@ -135,19 +143,20 @@ class EvolutionaryNode:
             listener=self._listener,
             key=self._key,
             desk=self._desk,
-            method=config.merge_method,
+            policy=config.policy,
+            wire_dtype=config.wire_dtype,
             ledger=self._ledger,
             seconds=config.exchange_seconds,
             say_hello=self._hello,
             distrusts=self._distrusts,
             choose_peer=self._choose_peer,
             on_self=self._forget_peer,
-            on_end_well=self._found,
+            on_end_well=self._concluded,
         )
         self._intake = Intake(
             desk=self._desk,
             live=self._live,
-            method=config.merge_method,
+            method=config.policy.method,
             alpha=config.recombination_alpha,
             judge=self._judge,
             tolerance=config.rollback_tolerance,
@@ -175,16 +184,19 @@ class EvolutionaryNode:
                 self._ledger.fail(delivery.talk, ProtocolError(Fault.CLOSING, "before the merge"))
         self._listener.close()
 
-    def step_boundary(self, step: int, lineage: int, fitness: float | None, status: dict) -> MergeReport | None:
+    def step_boundary(
+        self, step: int, lineage: int, fitness: float | None, status: dict, evidence: Evidence | None = None
+    ) -> MergeReport | None:
         """Between two optimizer steps: publish, serve a snapshot, merge what has arrived, perhaps call a peer.
 
         lineage: optimizer steps behind the live weights, own or inherited; fitness: their loss in nats per byte, None
-        while unknown; status: JSON values for the registry. Returns what was merged, if anything was and was kept: the
+        while unknown; status: JSON values for the registry; evidence: the probe's losses since the weights last changed
+        hands, None while there are none. Returns what was merged, if anything was and was kept: the
         weights are others then, and their fitness is unknown. Raises what ended a gossip thread, should that ever
         happen.
         """
         desk, report = self._desk, None
-        desk.publish(step, lineage, fitness, status)
+        desk.publish(step, lineage, fitness, status, evidence)
         self._raise_error()
         if desk.waiting:
             desk.serve()
@@ -234,6 +246,8 @@ class EvolutionaryNode:
 
     def _hello(self, address: str, theirs: Hello | None) -> Hello:
         published = self._desk.published
+        evidence = published.evidence
+        generation, looks = self._looks
         incarnation = theirs.incarnation if theirs is not None else self._registered_at(address)
         return Hello(
             run_id=self._run_id,
@@ -245,6 +259,9 @@ class EvolutionaryNode:
             lineage=published.lineage,
             fitness=published.fitness,
             accepts=incarnation is None or not self._reputation.distrusts(incarnation),
+            probe=evidence.probe if evidence is not None else None,
+            losses=evidence.losses if evidence is not None else (),
+            looks=looks + 1 if generation == published.generation else 1,
         )
 
     def _registered_at(self, address: str) -> str | None:
@@ -255,8 +272,9 @@ class EvolutionaryNode:
     def _distrusts(self, theirs: Hello) -> bool:
         return self._reputation.distrusts(theirs.incarnation)
 
-    def _found(self) -> None:
+    def _concluded(self, outcome: Outcome) -> None:
         self._seeking = False
+        self._looks = outcome.mine.generation, outcome.mine.looks
 
     def _record(self) -> dict:
         published = self._desk.published

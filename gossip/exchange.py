@@ -17,7 +17,7 @@ from typing import Protocol
 
 from blake3 import blake3
 
-from gossip.decision import decide
+from gossip.decision import Policy, decide
 from gossip.faults import Fault, ProtocolError
 from gossip.protocol import (
     Busy,
@@ -30,6 +30,7 @@ from gossip.protocol import (
 )
 from gossip.state import Schema, Snapshot, StateBuffer, payload_fault, weight_energy
 from gossip.wire import Channel
+from gossip.wire_format import WireFormat
 
 PIECE_BYTES = 512 * 1024  # of payload at a time: it stays in the cache from the kernel to the digest and the checks
 
@@ -38,9 +39,11 @@ class Party(Protocol):
     """One end of a conversation, as the exchange sees it. Called on the network thread."""
 
     schema: Schema
-    method: str
+    policy: Policy
     scalar_names: frozenset[str]
+    gene_names: frozenset[str]
     receive_buffer: StateBuffer
+    wire_format: WireFormat
 
     def hello(self, theirs: Hello | None) -> Hello:
         """What is published now, for the peer that said `theirs`; None: for the one that is called."""
@@ -72,16 +75,14 @@ class Outcome:
 
     @property
     def won(self) -> bool:
-        """This end's weights were the fitter, or by far the elder ones."""
-        if self.decision.flow is Flow.BOTH:
-            return self.mine.fitness < self.theirs.fitness
+        """This end's weights alone travelled: they were the fitter, or by far the elder ones."""
         return not self.tied and self.received is None
 
 
 async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
     """One whole conversation over an authenticated channel. Raises ProtocolError; the caller bounds its time."""
     mine, theirs = await (_greet_first if initiator else _greet_back)(channel, party)
-    decision = decide(*((mine, theirs) if initiator else (theirs, mine)), party.method)
+    decision = decide(*((mine, theirs) if initiator else (theirs, mine)), party.policy)
     await channel.send(decision)
     answer = await channel.receive(Decision)
     if answer != decision:
@@ -95,9 +96,9 @@ async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
     if sends or (receives and not decision.whole):
         own = await party.snapshot(mine.generation)
     if sends and receives:
-        _, (received, fault) = await _together(_send(channel, own), _receive(channel, party, theirs))
+        _, (received, fault) = await _together(_send(channel, party, own), _receive(channel, party, theirs))
     elif sends:
-        await _send(channel, own)
+        await _send(channel, party, own)
     elif receives:
         received, fault = await _receive(channel, party, theirs)
     if receives:
@@ -148,30 +149,30 @@ def _check_kinship(mine: Hello, theirs: Hello) -> None:
         raise ProtocolError(Fault.RANK_TAKEN, f"another process is rank {mine.rank}: {theirs.incarnation}")
 
 
-async def _send(channel: Channel, snapshot: Snapshot) -> None:
-    payload = snapshot.buffer.bytes
-    await channel.send(_header_of(snapshot))
+async def _send(channel: Channel, party: Party, snapshot: Snapshot) -> None:
+    payload, form = snapshot.buffer.bytes, party.wire_format
+    await channel.send(_header_of(snapshot, form.size(len(payload))))
     digest = blake3()
     for start in range(0, len(payload), PIECE_BYTES):
-        piece = payload[start : start + PIECE_BYTES]
+        piece = form.pack(payload[start : start + PIECE_BYTES])
         digest.update(piece)
         await channel.wire.send(piece)
         await asyncio.sleep(0)  # a fast link never makes send() wait, and others have their turn too
     await channel.send(End(digest.hexdigest()))
 
 
-def _header_of(snapshot: Snapshot) -> SnapshotHeader:
+def _header_of(snapshot: Snapshot, nbytes: int) -> SnapshotHeader:
     return SnapshotHeader(
-        snapshot.step, snapshot.generation, snapshot.lineage, len(snapshot.buffer.bytes), snapshot.scalars
+        snapshot.step, snapshot.generation, snapshot.lineage, nbytes, snapshot.scalars, snapshot.genes
     )
 
 
 async def _receive(channel: Channel, party: Party, theirs: Hello) -> tuple[Snapshot, Fault | None]:
     """The peer's snapshot, read to its end, and what is wrong with its content; other faults are raised."""
-    buffer, schema = party.receive_buffer, party.schema
+    buffer, schema, form = party.receive_buffer, party.schema, party.wire_format
     header = await channel.receive(SnapshotHeader)
-    if header.nbytes != schema.nbytes:
-        raise ProtocolError(Fault.BAD_SNAPSHOT, f"expected {schema.nbytes} bytes, got {header.nbytes}")
+    if header.nbytes != form.size(schema.nbytes):
+        raise ProtocolError(Fault.BAD_SNAPSHOT, f"expected {form.size(schema.nbytes)} bytes, got {header.nbytes}")
     if header.generation != theirs.generation or header.step < theirs.step or header.lineage < theirs.lineage:
         raise ProtocolError(
             Fault.BAD_SNAPSHOT,
@@ -180,11 +181,15 @@ async def _receive(channel: Channel, party: Party, theirs: Hello) -> tuple[Snaps
         )
     if header.scalars.keys() != party.scalar_names:
         raise ProtocolError(Fault.BAD_SNAPSHOT, f"scalars {sorted(header.scalars.keys() ^ party.scalar_names)}"[:200])
+    if header.genes.keys() != party.gene_names:
+        raise ProtocolError(Fault.BAD_SNAPSHOT, f"genes {sorted(header.genes.keys() ^ party.gene_names)}"[:200])
     digest, energy, fault = blake3(), 0.0, None
     for start in range(0, schema.nbytes, PIECE_BYTES):
         piece = buffer.bytes[start : start + PIECE_BYTES]
-        await channel.wire.receive_into(piece)
-        digest.update(piece)
+        travelling = form.space(piece)
+        await channel.wire.receive_into(travelling)
+        digest.update(travelling)
+        form.unpack(piece)
         fault = fault or payload_fault(schema, start, piece)
         if fault is None:
             energy += weight_energy(schema, start, piece)
@@ -192,7 +197,9 @@ async def _receive(channel: Channel, party: Party, theirs: Hello) -> tuple[Snaps
     end = await channel.receive(End)
     if not hmac.compare_digest(end.digest, digest.hexdigest()):
         fault = Fault.DIGEST_MISMATCH
-    snapshot = Snapshot(buffer, header.step, header.generation, header.lineage, header.scalars, math.sqrt(energy))
+    snapshot = Snapshot(
+        buffer, header.step, header.generation, header.lineage, header.scalars, header.genes, math.sqrt(energy)
+    )
     return snapshot, fault
 
 

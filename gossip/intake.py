@@ -1,5 +1,7 @@
 """What becomes of a peer's snapshot: merged, kept or undone, and accounted for; its sender is remembered for harm."""
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from torch import Tensor
 from gossip.faults import Fault, ProtocolError
 from gossip.ledger import Ledger
 from gossip.merge import merge_judged, weight_norm
-from gossip.protocol import Flow
+from gossip.protocol import Decision, Flow
 from gossip.reputation import Reputation
 from gossip.snapshot_desk import Delivery, SnapshotDesk
 from gossip.switchboard import Switchboard
@@ -23,8 +25,10 @@ class MergeReport:
     """A merge that was just applied to the live weights.
 
     peer_lineage: optimizer steps behind the peer's snapshot, own or inherited; peer_scalars: its optimizer's scalars,
-    which come along when `clonal`, that is when the snapshot was taken whole; method: how it was merged; seconds: how
-    long it held up training.
+    which come along when `clonal`, that is when the snapshot was taken whole; peer_genes: the hyperparameters it was
+    trained with; method: how it was merged; both: the peer took the mean as well; distance: of the two before it, see
+    merge(); judged: the judge was asked, last of all about the weights as they are now; seconds: how long it held up
+    training.
     """
 
     exchange_id: str
@@ -32,8 +36,12 @@ class MergeReport:
     peer_step: int
     peer_lineage: int
     peer_scalars: dict[str, float]
+    peer_genes: dict[str, float]
     method: str
+    both: bool
     clonal: bool
+    distance: float
+    judged: bool
     seconds: float
 
 
@@ -69,7 +77,7 @@ class Intake:
     def apply(self, delivery: Delivery) -> MergeReport | None:
         """Merge a snapshot; None when it was dropped or the merge undone: the weights are then as they were."""
         outcome = delivery.outcome
-        method = "clonal" if outcome.decision.whole else self._method
+        method = self._method_of(outcome.decision)
         began = time.perf_counter()
         try:
             self._check(delivery)
@@ -83,6 +91,7 @@ class Intake:
                 self._alpha,
                 self._judge,
                 self._tolerance,
+                self._known_loss(),
             )
         except ProtocolError as error:
             self.drop(delivery, error)
@@ -97,9 +106,9 @@ class Intake:
             self._end(delivery, "rolled_back", "rolled_back", f"{message}; {distrust}")
             return None
         self._desk.weights_changed(outcome.received.lineage)
-        event = "averaged" if outcome.decision.flow is Flow.BOTH else "merged"
-        message = f"{outcome.decision.reason}, step {outcome.received.step}, merged in {seconds * 1000:.1f} ms"
-        self._end(delivery, "won" if outcome.won else "lost", event, message)
+        ending, event = ("averaged", "averaged") if outcome.decision.flow is Flow.BOTH else ("lost", "merged")
+        moment = f"step {outcome.received.step}, distance {trial.distance:.3g}, merged in {seconds * 1000:.1f} ms"
+        self._end(delivery, ending, event, f"{outcome.decision.reason}; {moment}")
         return MergeReport(
             exchange_id=delivery.talk.exchange_id,
             peer_rank=outcome.theirs.rank,
@@ -107,9 +116,23 @@ class Intake:
             peer_lineage=outcome.received.lineage,
             peer_scalars=outcome.received.scalars,
             method=method,
+            peer_genes=outcome.received.genes,
+            both=outcome.decision.flow is Flow.BOTH,
             clonal=outcome.decision.whole,
+            distance=trial.distance,
+            judged=not math.isnan(trial.after),
             seconds=seconds,
         )
+
+    def _known_loss(self) -> float | None:
+        """What the judge would say of the live weights, where they were measured lately."""
+        evidence = self._desk.published.evidence
+        return None if evidence is None else statistics.fmean(evidence.losses)
+
+    def _method_of(self, decision: Decision) -> str:
+        if decision.whole:
+            return "clonal"
+        return "average" if decision.flow is Flow.BOTH else self._method
 
     def drop(self, delivery: Delivery, error: ProtocolError) -> None:
         """Leave a snapshot unmerged, as `error` says."""

@@ -17,14 +17,16 @@ class Counters:
     """Conversations so far, by who began them and by how they ended, and all bytes they moved.
 
     initiated: calls that this rank made; received: authenticated calls that it answered; won: its weights were
-    accepted; lost: a peer's were merged here; rolled_back: they did harm here, and the merge was undone; tied: both
-    ends left it at that; busy: one end was in another conversation; failed: any other fault, strangers' included.
+    accepted; lost: a peer's were merged here; averaged: both took the mean; rolled_back: a peer's weights did harm
+    here, and the merge was undone; tied: both ends left it at that; busy: one end was in another conversation; failed:
+    any other fault, strangers' included.
     """
 
     initiated: int = 0
     received: int = 0
     won: int = 0
     lost: int = 0
+    averaged: int = 0
     tied: int = 0
     failed: int = 0
     busy: int = 0
@@ -79,7 +81,7 @@ class Ledger:
                 setattr(self._counters, name, getattr(self._counters, name) + change)
 
     def count_ended(self, talk: Talk, ending: str) -> None:
-        """Count a conversation under `ending` (won, lost, tied, busy, failed, rolled_back), and its bytes."""
+        """Count a conversation under `ending` (won, lost, averaged, tied, busy, failed, rolled_back), and its bytes."""
         sent, received = (talk.wire.sent, talk.wire.received) if talk.wire else (0, 0)
         self.count(**{ending: 1}, bytes_sent=sent, bytes_received=received)
 

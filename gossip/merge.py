@@ -16,11 +16,13 @@ PIECE_ITEMS = 1024 * 1024  # merged at a time, which bounds the scratch memory
 
 @dataclass(frozen=True)
 class Trial:
-    """A judged merge: the losses before and after it in nats per byte (NaN: not judged), and whether it was kept."""
+    """A judged merge: the losses before and after it in nats per byte (NaN: not judged), and whether it was kept;
+    distance: see merge()."""
 
     before: float
     after: float
     kept: bool
+    distance: float
 
 
 @torch.no_grad()
@@ -31,7 +33,7 @@ def merge(
     own: Mapping[str, Tensor] | None,
     method: str,
     alpha: float,
-) -> None:
+) -> float:
     """Merge `peer` (views by the schema's names, on the host) into `live` (contiguous, any device).
 
     clonal: live = peer. recombination: weights move by alpha * (peer - own), where `own` is the live state of about the
@@ -39,27 +41,31 @@ def merge(
     from falling below zero. average: the same with alpha = 1/2 at both ends, which keeps the pair's sum. own None:
     live stands for it. Afterwards `peer` holds what was overwritten: swap() undoes the merge. On any error live is as
     it was, `peer` is spoilt, and the error is raised. Called by the thread that owns `live`.
+
+    Returns how far `peer` was from `own`: the L2 norm of their difference over that of `live` before the merge, both
+    of all values under Rule.WEIGHT.
     """
     assert method in MERGE_METHODS and 0 <= alpha <= 1, f"{method} {alpha}"
     share = 0.5 if method == "average" else alpha
     done: list[tuple[Tensor, Tensor]] = []
+    apart = size = 0.0
     with contextlib.ExitStack() as undoing:  # whatever the error is
         undoing.callback(_undo, done)
         for rule, now, theirs, mine in _pieces(schema, live, peer, own):
             arrived = theirs.to(now.device)
-            if method == "clonal":
-                change = None
-                arrived = arrived.clone() if arrived is theirs else arrived
-            else:
-                base = now if mine is None or rule is Rule.SECOND_MOMENT else mine.to(now.device)
-                change = arrived - base
+            base = now if mine is None or rule is Rule.SECOND_MOMENT else mine.to(now.device)
+            change = arrived - base
+            if rule is Rule.WEIGHT:
+                apart, size = apart + _energy(change), size + _energy(now)
+            arrived = arrived.clone() if method == "clonal" and arrived is theirs else arrived
             theirs.copy_(now)
             done.append((now, theirs))
-            if change is None:
+            if method == "clonal":
                 now.copy_(arrived)
             else:
                 now.add_(change, alpha=share)
         undoing.pop_all()
+    return math.sqrt(apart / size) if size > 0 else math.inf
 
 
 @torch.no_grad()
@@ -80,24 +86,26 @@ def merge_judged(
     alpha: float,
     judge: Callable[[], float] | None,
     tolerance: float | None,
+    before: float | None = None,
 ) -> Trial:
     """merge(), undone bit for bit where it does harm: `judge`, the loss of the live weights in nats per byte, must be
     finite after it and not above the loss before it by more than `tolerance`.
 
-    judge None: the merge is kept. An error of the judge is raised, and live is then as it was.
+    before: that loss before it, where it is known already; judge None: the merge is kept. An error of the judge is
+    raised, and live is then as it was.
     """
     if judge is None:
-        merge(live, schema, peer, own, method, alpha)
-        return Trial(math.nan, math.nan, kept=True)
-    before = judge()
-    merge(live, schema, peer, own, method, alpha)
+        distance = merge(live, schema, peer, own, method, alpha)
+        return Trial(math.nan, math.nan, True, distance)
+    before = judge() if before is None else before
+    distance = merge(live, schema, peer, own, method, alpha)
     with contextlib.ExitStack() as undoing:  # also if the judge raises
         undoing.callback(swap, live, schema, peer)
         after = judge()
         kept = math.isfinite(after) and not after > before + tolerance  # one before that is not finite is beaten by any
         if kept:
             undoing.pop_all()
-    return Trial(before, after, kept)
+    return Trial(before, after, kept, distance)
 
 
 @torch.no_grad()
@@ -107,6 +115,10 @@ def weight_norm(live: Mapping[str, Tensor], schema: Schema) -> float:
     wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in weights]
     norms = [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in zip(weights, wide, strict=True)]
     return math.hypot(*(float(norm) for norm in norms))
+
+
+def _energy(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))) ** 2
 
 
 def _undo(done: list[tuple[Tensor, Tensor]]) -> None:

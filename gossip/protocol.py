@@ -9,19 +9,20 @@ import hmac
 import json
 import math
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from blake3 import blake3
 
 from gossip.faults import Fault, ProtocolError
 
 MAGIC = b"gruboros"
-VERSION = 1
+VERSION = 2
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 KEY_BYTES = 32
 MAC_BYTES = 32
 MERGE_METHODS = ("clonal", "recombination", "average")
+PROBE_WINDOWS_LIMIT = 256
 
 _OPENING = struct.Struct(f">{len(MAGIC)}sH{NONCE_BYTES}s")
 _HEADER = struct.Struct(">BBHIQ")  # kind, reserved, reserved, length of the body, sequence number
@@ -29,6 +30,7 @@ OPENING_BYTES = _OPENING.size
 HEADER_BYTES = _HEADER.size
 _COUNT_LIMIT = 2**63
 _SCALARS_LIMIT = 64
+_GENES_LIMIT = 16
 _SCALAR_LIMIT = 1e15  # an optimizer counts and sums: more, squared or as an exponent, would overflow
 
 
@@ -47,7 +49,9 @@ class Hello:
 
     incarnation: a nonce of the process, 32 hex digits; generation: counts replacements of the weights other than by a
     training step; lineage: optimizer steps behind these weights, own or inherited; fitness: a loss in nats per byte,
-    lower is fitter, None while it is not known for these weights; accepts: whether it would take the hearer's weights.
+    lower is fitter, None while it is not known for these weights; accepts: whether it would take the hearer's weights;
+    probe: digest of the probe's bytes, None where none was measured for these weights; losses: of its windows, nats per
+    byte, at most PROBE_WINDOWS_LIMIT; looks: comparisons since the weights last changed hands, this one included.
     """
 
     run_id: str
@@ -59,6 +63,9 @@ class Hello:
     lineage: int
     fitness: float | None
     accepts: bool
+    probe: str | None = None
+    losses: tuple[float, ...] = ()
+    looks: int = 1
 
     def __post_init__(self) -> None:
         _require_text("run_id", self.run_id, limit=200)
@@ -71,6 +78,16 @@ class Hello:
         if self.fitness is not None:
             _require_finite("fitness", self.fitness)
         _require_truth("accepts", self.accepts)
+        if self.probe is not None:
+            _require_hex("probe", self.probe, digits=32)
+        fits = isinstance(self.losses, tuple | list) and len(self.losses) <= PROBE_WINDOWS_LIMIT
+        _require(fits, "losses", f"at most {PROBE_WINDOWS_LIMIT} numbers", type(self.losses).__name__)
+        object.__setattr__(self, "losses", tuple(self.losses))
+        for loss in self.losses:
+            _require_finite("loss", loss)
+        _require((self.probe is None) == (not self.losses), "losses", "with a probe, and only then", len(self.losses))
+        _require_count("looks", self.looks)
+        _require(self.looks >= 1, "looks", "at least 1", self.looks)
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,8 @@ class Decision:
 class SnapshotHeader:
     """What the raw payload that follows is: `nbytes` of state after `step` whole steps, in `generation`.
 
-    lineage: as in HELLO, at that step; scalars: the optimizer's counters and sums, from 0 to 1e15.
+    lineage: as in HELLO, at that step; scalars: the optimizer's counters and sums, from 0 to 1e15; genes: the
+    hyperparameters that evolve, all above 0.
     """
 
     step: int
@@ -104,18 +122,16 @@ class SnapshotHeader:
     lineage: int
     nbytes: int
     scalars: dict[str, float]
+    genes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_count("step", self.step)
         _require_count("generation", self.generation)
         _require_count("lineage", self.lineage)
         _require_count("nbytes", self.nbytes)
-        fits = isinstance(self.scalars, dict) and len(self.scalars) <= _SCALARS_LIMIT
-        _require(fits, "scalars", f"at most {_SCALARS_LIMIT} named numbers", type(self.scalars).__name__)
-        for name, value in self.scalars.items():
-            _require_text("name of a scalar", name, limit=64)
-            _require_finite("scalar", value)
-            _require(0 <= value <= _SCALAR_LIMIT, "scalar", f"from 0 to {_SCALAR_LIMIT:g}", value)
+        _require_numbers("scalars", self.scalars, _SCALARS_LIMIT)
+        _require_numbers("genes", self.genes, _GENES_LIMIT)
+        _require(all(self.genes.values()), "genes", "above 0", 0.0)
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,7 @@ def decode_opening(message: bytes) -> bytes:
 
 def encode(message: Message) -> bytes:
     """`message` as a frame's body: canonical JSON, in ASCII."""
-    return canonical_json({field.name: getattr(message, field.name) for field in fields(message)})
+    return canonical_json({item.name: getattr(message, item.name) for item in fields(message)})
 
 
 def decode(kind: type[Message], body: bytes) -> Message:
@@ -190,7 +206,7 @@ def decode(kind: type[Message], body: bytes) -> Message:
         content = json.loads(body.decode("ascii"))
     except (ValueError, RecursionError) as error:
         raise ProtocolError(Fault.MALFORMED, f"no JSON: {type(error).__name__}") from None
-    names = {field.name for field in fields(kind)}
+    names = {item.name for item in fields(kind)}
     if not isinstance(content, dict) or set(content) != names:
         raise ProtocolError(Fault.MALFORMED, f"expected the fields of {kind.__name__}")
     message = kind(**content)
@@ -269,6 +285,16 @@ def _require_truth(name: str, value: object) -> None:
 
 def _require_finite(name: str, value: object) -> None:
     _require(type(value) is float and math.isfinite(value), name, "a finite number", value)
+
+
+def _require_numbers(name: str, numbers: object, limit: int) -> None:
+    """A dict of at most `limit` names of numbers from 0 to _SCALAR_LIMIT."""
+    fits = isinstance(numbers, dict) and len(numbers) <= limit
+    _require(fits, name, f"at most {limit} named numbers", type(numbers).__name__)
+    for key, value in numbers.items():
+        _require_text(f"name in {name}", key, limit=64)
+        _require_finite(name, value)
+        _require(0 <= value <= _SCALAR_LIMIT, name, f"from 0 to {_SCALAR_LIMIT:g}", value)
 
 
 def _require_text(name: str, value: object, limit: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gossip.comparison import Evidence
 from gossip.exchange import Outcome
 from gossip.faults import Fault, ProtocolError
 from gossip.ledger import Talk
@@ -21,13 +22,17 @@ COPY_POLL_SECONDS = 0.001
 
 @dataclass(frozen=True)
 class Published:
-    """What a rank says of itself: step, lineage and generation of its weights, and their fitness (None: unknown)."""
+    """What a rank says of itself: step, lineage and generation of its weights, and their fitness (None: unknown).
+
+    evidence: the probe's losses of these very weights, or of some steps earlier in the same generation.
+    """
 
     step: int
     lineage: int
     fitness: float | None
     generation: int
     status: dict
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,17 @@ class _Request:
 class SnapshotDesk:
     """Holds both buffers, what is published, a snapshot asked for and a snapshot delivered.
 
-    live: the tensors that training writes, by the schema's names; scalars: the optimizer's numbers, at a step boundary.
+    live: the tensors that training writes, by the schema's names; called at step boundaries: scalars(): the optimizer's
+    numbers, genes(): the hyperparameters that evolve.
     """
 
-    def __init__(self, schema: Schema, live: Mapping[str, Tensor], scalars: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        live: Mapping[str, Tensor],
+        scalars: Callable[[], dict[str, float]],
+        genes: Callable[[], dict[str, float]],
+    ) -> None:
         gpu = next((tensor.device for tensor in live.values() if tensor.is_cuda), None)
         self.schema = schema
         self.send_buffer = StateBuffer(schema, pin=gpu is not None)
@@ -59,8 +71,10 @@ class SnapshotDesk:
         self._gpu = gpu
         self.published = Published(step=0, lineage=0, fitness=None, generation=0, status={})
         self.scalar_names = frozenset(scalars())
+        self.gene_names = frozenset(genes())
         self._live = live
         self._scalars = scalars
+        self._genes = genes
         self._lock = threading.Lock()
         self._request: _Request | None = None
         self._delivery: Delivery | None = None
@@ -101,9 +115,11 @@ class SnapshotDesk:
 
     # Training thread.
 
-    def publish(self, step: int, lineage: int, fitness: float | None, status: dict) -> None:
+    def publish(
+        self, step: int, lineage: int, fitness: float | None, status: dict, evidence: Evidence | None = None
+    ) -> None:
         """Say what the weights are now, in the current generation."""
-        self.published = Published(step, lineage, fitness, self.published.generation, status)
+        self.published = Published(step, lineage, fitness, self.published.generation, status, evidence)
 
     @property
     def waiting(self) -> bool:
@@ -122,7 +138,9 @@ class SnapshotDesk:
             return
         self._copied = self.send_buffer.copy_from(self._live)
         scalars = {name: float(value) for name, value in self._scalars().items()}
-        snapshot = Snapshot(self.send_buffer, published.step, published.generation, published.lineage, scalars)
+        snapshot = Snapshot(
+            self.send_buffer, published.step, published.generation, published.lineage, scalars, dict(self._genes())
+        )
         request.loop.call_soon_threadsafe(_resolve, request.future, (snapshot, self._copied))
 
     def before_write(self) -> None:
@@ -144,7 +162,11 @@ class SnapshotDesk:
         """
         before = self.published
         self.published = replace(
-            before, lineage=max(before.lineage, lineage), fitness=None, generation=before.generation + 1
+            before,
+            lineage=max(before.lineage, lineage),
+            fitness=None,
+            evidence=None,
+            generation=before.generation + 1,
         )
         with self._lock:
             request, self._request = self._request, None

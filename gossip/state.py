@@ -148,7 +148,8 @@ class StateBuffer:
 class Snapshot:
     """The state at one optimizer-step boundary: after `step` steps, in `generation`, with the optimizer's scalars.
 
-    lineage: as in HELLO; weight_norm: L2 norm of all values under Rule.WEIGHT, of a received one.
+    lineage: as in HELLO; genes: the hyperparameters that evolve; weight_norm: L2 norm of all values under Rule.WEIGHT,
+    of a received one.
     """
 
     buffer: StateBuffer
@@ -156,6 +157,7 @@ class Snapshot:
     generation: int
     lineage: int
     scalars: dict[str, float]
+    genes: dict[str, float]
     weight_norm: float = math.nan
 
 

@@ -8,7 +8,8 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from gossip.exchange import Outcome, converse
+from gossip.decision import Policy
+from gossip.exchange import PIECE_BYTES, Outcome, converse
 from gossip.faults import Fault, ProtocolError
 from gossip.handshake import Session, authenticate
 from gossip.ledger import Ledger, Talk
@@ -26,6 +27,7 @@ from gossip.strangers import (
     TokenBucket,
 )
 from gossip.wire import Channel, Wire, bounded
+from gossip.wire_format import wire_format
 from runtime.stderr import say
 
 HANDSHAKE_SECONDS = 5.0  # to connect and to authenticate
@@ -42,10 +44,10 @@ class Switchboard:
     reset, whatever was wrong: it learns nothing from it, and the kernel keeps nothing of it. Where memory is out, the
     conversation at hand ends.
 
-    key: of the run; seconds: bound of a whole conversation. Called on the network thread: say_hello(address, theirs):
-    what is published now, theirs None for a caller; distrusts(theirs): whether that peer's weights are not taken now;
-    choose_peer(): the address to call, or None; on_self(address): it turned out to be this rank's own; on_end_well():
-    a conversation has ended without a fault.
+    key: of the run; wire_dtype: see wire_format(); seconds: bound of a whole conversation. Called on the network
+    thread: say_hello(address, theirs): what is published now, theirs None for a caller; distrusts(theirs): whether that
+    peer's weights are not taken now; choose_peer(): the address to call, or None; on_self(address): it turned out to be
+    this rank's own; on_end_well(outcome): a conversation has ended without a fault.
     """
 
     def __init__(
@@ -53,20 +55,22 @@ class Switchboard:
         listener: socket.socket,
         key: bytes,
         desk: SnapshotDesk,
-        method: str,
+        policy: Policy,
+        wire_dtype: str,
         ledger: Ledger,
         seconds: float,
         say_hello: Callable[[str, Hello | None], Hello],
         distrusts: Callable[[Hello], bool],
         choose_peer: Callable[[], str | None],
         on_self: Callable[[str], None],
-        on_end_well: Callable[[], None],
+        on_end_well: Callable[[Outcome], None],
     ) -> None:
         self.error: BaseException | None = None  # what ended the thread before its time
         self._listener = listener
         self._key = key
         self._desk = desk
-        self._method = method
+        self._policy = policy
+        self._wire_format = wire_format(wire_dtype, PIECE_BYTES)
         self._ledger = ledger
         self._seconds = seconds
         self._say_hello = say_hello
@@ -239,7 +243,7 @@ class Switchboard:
         return await authenticate(talk.wire, self._key, talk.initiator)
 
     def _conclude(self, talk: Talk, outcome: Outcome) -> None:
-        self._on_end_well()
+        self._on_end_well(outcome)
         if outcome.received is not None:  # the merge has yet to follow, and accounts for it
             self._desk.deliver(Delivery(talk, outcome))
             talk.delivered = True
@@ -268,8 +272,10 @@ class _Party:
 
     def __init__(self, board: Switchboard, talk: Talk) -> None:
         self.schema = board._desk.schema
-        self.method = board._method
+        self.policy = board._policy
         self.scalar_names = board._desk.scalar_names
+        self.gene_names = board._desk.gene_names
+        self.wire_format = board._wire_format
         self.receive_buffer = board._desk.receive_buffer
         self._board = board
         self._talk = talk

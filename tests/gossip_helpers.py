@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import socket
 import struct
 import threading
@@ -11,7 +12,7 @@ from typing import ClassVar
 import torch
 from blake3 import blake3
 
-from gossip.decision import decide
+from gossip.decision import Policy, decide
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode, GossipConfig
 from gossip.handshake import ANSWERER, CALLER, proof, run_key, session
@@ -39,6 +40,7 @@ from runtime.ranks import Identity
 
 SECRET = bytes(range(32))
 RUN_ID = "run"
+POLICY_NAMES = [field.name for field in dataclasses.fields(Policy)]
 PATIENCE = 20.0  # seconds: how long a test waits for what must happen
 
 
@@ -57,18 +59,21 @@ class Rank:
 
     def __init__(
         self, folder, rank, value=1.0, state=None, world_size=8, seed=0, duty=None, port=0, judge=None, run_id=RUN_ID,
-        **config,
+        genes=None, **config,
     ):  # fmt: skip
         self.live, self.schema = state or make_state(value)
         self.log = EventLog(folder / "gossip_logs" / f"run_rank_{rank:04d}.tsv", rank)
         config = {"mixing_rate": 0.0, "filesystem_coordinator": False, **config}
+        chosen = {name: config.pop(name) for name in POLICY_NAMES if name in config}
+        config["policy"] = Policy(**chosen)
+        self.genes = genes or {}
         self.scalars = {"k": float(rank)}
         self.step = self.lineage = 0
-        self.fitness = None
+        self.fitness = self.evidence = None
         self.node = EvolutionaryNode(
             Identity(rank, rank, world_size, world_size, "alone"), run_id, folder, listen("127.0.0.1", port),
             self.schema, self.live, lambda: self.scalars, GossipConfig(**config), self.log, seed, duty, SECRET,
-            judge,
+            judge, lambda: self.genes,
         )  # fmt: skip
         self.node.start()
         self.boundary()
@@ -79,7 +84,7 @@ class Rank:
         return host, int(port)
 
     def boundary(self):
-        return self.node.step_boundary(self.step, self.lineage, self.fitness, {})
+        return self.node.step_boundary(self.step, self.lineage, self.fitness, {}, self.evidence)
 
     def call(self):
         """Ask for a call, as a lucky throw of the dice does."""
@@ -261,7 +266,7 @@ class RawPeer:
             self.send(mine)
         pair = (mine, theirs) if self.initiator else (theirs, mine)
         decision = self.receive(Decision)
-        assert decision in [decide(*pair, method) for method in MERGE_METHODS]
+        assert decision in [decide(*pair, Policy(method)) for method in MERGE_METHODS]
         self.send(decision)
         return theirs, decision
 

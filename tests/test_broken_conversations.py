@@ -122,8 +122,8 @@ class Scene:
     """A fit rank of ones, an unfit one of threes, and the meddler that one calls the other through."""
 
     def __init__(self, folder, fit_calls, seconds=PATIENCE):
-        self.fit = Rank(folder, 0, 1.0, merge_method="clonal", exchange_seconds=seconds)
-        self.unfit = Rank(folder, 1, 3.0, merge_method="clonal", exchange_seconds=seconds)
+        self.fit = Rank(folder, 0, 1.0, method="clonal", exchange_seconds=seconds)
+        self.unfit = Rank(folder, 1, 3.0, method="clonal", exchange_seconds=seconds)
         self.caller, self.answerer = (self.fit, self.unfit) if fit_calls else (self.unfit, self.fit)
         self.meddler = Meddler(self.fit.schema.nbytes, fit_calls)
         self.meddler.target = self.answerer.where

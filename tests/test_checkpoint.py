@@ -130,7 +130,7 @@ def test_save_checkpoint_on_a_failing_disk_leaves_the_older_one_and_no_rest(tmp_
 
 
 def test_read_own_checkpoint_refuses_weights_that_are_not_finite(tmp_path):
-    training = dict.fromkeys("family scalars state lanes totals mixes tracker dice torch_rng".split())
+    training = dict.fromkeys("family scalars state lanes totals mixes fitness genes dice torch_rng".split())
     for value, fits in ((1.0, True), (float("nan"), False)):
         training["tensors"] = {"y.weight": torch.tensor([0.0, value])}
         path = save_checkpoint(tmp_path, 0, 1, None, CONFIG, MinLM(CONFIG).state_dict(), training)

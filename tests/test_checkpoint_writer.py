@@ -28,7 +28,7 @@ from training.options import OptimizerOptions
 from training.recovery import Recovery
 
 CONFIG = ModelConfig(dim=16, depth=1)
-TRAINING = dict.fromkeys("scalars state lanes totals mixes tracker dice torch_rng".split())
+TRAINING = dict.fromkeys("scalars state lanes totals mixes fitness genes dice torch_rng".split())
 ROOT = Path(__file__).parents[1]
 
 
@@ -210,7 +210,7 @@ def test_a_checkpoints_name_and_content_tell_the_loss_of_its_moment(run_train, m
 
     def watched(self) -> bool:
         finite = observe(self)
-        fitness[self.totals.step] = self.parts.tracker.fitness
+        fitness[self.totals.step] = self.parts.fitness.value
         return finite
 
     monkeypatch.setattr(Trainer, "train_step", watched)

@@ -91,7 +91,7 @@ class Server:
 
 
 def test_node_clones_with_the_peers_scalars(tmp_path):
-    with ranks(*pair(tmp_path, merge_method="clonal")) as (fit, unfit):
+    with ranks(*pair(tmp_path, method="clonal")) as (fit, unfit):
         fit.scalars = {"k": 1234.0}
         unfit.call()
         report = until(unfit.boundary, fit)
@@ -99,12 +99,12 @@ def test_node_clones_with_the_peers_scalars(tmp_path):
 
 
 def test_node_averages_at_both_ends(tmp_path):
-    with ranks(*pair(tmp_path, merge_method="average")) as (fit, unfit):
+    with ranks(*pair(tmp_path, method="average")) as (fit, unfit):
         unfit.call()
-        until(lambda: counted(unfit, lost=1) and counted(fit, won=1), fit, unfit)
+        until(lambda: counted(unfit, averaged=1) and counted(fit, averaged=1), fit, unfit)
         until(lambda: last_event(fit)["event"] == last_event(unfit)["event"] == "averaged")
     assert values_of(fit) == values_of(unfit) == {2.0}
-    assert counted(fit, lost=0, failed=0) and counted(unfit, won=0, failed=0)
+    assert counted(fit, won=0, lost=0, failed=0) and counted(unfit, won=0, lost=0, failed=0)
 
 
 @pytest.mark.parametrize(("fitness", "reason"), [((1.0, 1.0), "tie"), ((None, 1.0), "unknown")])
@@ -235,7 +235,7 @@ def test_node_tells_a_second_caller_that_it_is_busy(tmp_path):
 
 
 def test_node_is_busy_until_it_has_merged(tmp_path):
-    with ranks(*pair(tmp_path, merge_method="clonal")) as (fit, unfit):
+    with ranks(*pair(tmp_path, method="clonal")) as (fit, unfit):
         unfit.call()
         until(lambda: unfit.node._desk._delivery is not None, fit)
         peer = RawPeer.call(unfit.where).handshake()
@@ -298,7 +298,7 @@ def test_node_counts_a_peer_that_it_cannot_reach_and_goes_on(tmp_path):
 
 
 def test_node_drops_a_merge_for_weights_that_are_gone(tmp_path):
-    with ranks(*pair(tmp_path, merge_method="clonal")) as (fit, unfit):
+    with ranks(*pair(tmp_path, method="clonal")) as (fit, unfit):
         unfit.call()
         until(lambda: unfit.node._desk._delivery is not None, fit)
         unfit.node.weights_changed()
@@ -336,7 +336,7 @@ def test_node_refuses_a_snapshot_when_its_hello_was_of_other_weights(tmp_path):
 
 
 def test_node_drops_a_delivery_whose_hello_was_of_other_weights(tmp_path):
-    with ranks(*pair(tmp_path, merge_method="clonal")) as (fit, unfit):
+    with ranks(*pair(tmp_path, method="clonal")) as (fit, unfit):
         unfit.call()
         until(lambda: fit.node._desk.waiting)  # the conversation is on, and waits for the sender
         unfit.node.weights_changed()
@@ -375,7 +375,7 @@ def test_close_leaves_no_thread_and_no_socket(tmp_path, moment):
     threads, descriptors = set(threading.enumerate()), open_descriptors()
     held = listen("127.0.0.1", 0)  # never accepts
     peers = {"calling": (f"127.0.0.1:{held.getsockname()[1]}",), "resolving": ("localhost:1",)}.get(moment, ())
-    rank = Rank(tmp_path, 0, peers=peers, merge_method="clonal", filesystem_coordinator=True)
+    rank = Rank(tmp_path, 0, peers=peers, method="clonal", filesystem_coordinator=True)
     rank.fitness = 1.0 if moment == "asked" else 3.0
     rank.boundary()
     peer = RawPeer.call(rank.where) if moment not in ("idle", "calling", "resolving") else None

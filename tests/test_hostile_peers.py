@@ -289,7 +289,7 @@ CALLERS = [
 
 @pytest.mark.parametrize(("script", "fault"), CALLERS, ids=numbered(CALLERS))
 def test_node_names_the_fault_of_a_hostile_caller_and_goes_on(tmp_path, script, fault):
-    with ranks(Rank(tmp_path, 0, 3.0, merge_method="clonal", exchange_seconds=0.6)) as (rank,):
+    with ranks(Rank(tmp_path, 0, 3.0, method="clonal", exchange_seconds=0.6)) as (rank,):
         rank.fitness = 2.0
         rank.boundary()
         peer = RawPeer.call(rank.where)

@@ -260,8 +260,8 @@ def test_bytes_that_drip_do_not_move_the_deadline(tmp_path, fast):
 @pytest.mark.injects(Injection.CROSSED_CALLS)
 def test_two_that_call_each_other_at_once_hear_busy_and_mix_later(tmp_path):
     with Proxy(delay=0.1) as to_one, Proxy(delay=0.1) as to_other:
-        one = Rank(tmp_path, 0, 3.0, peers=(to_other.address,), merge_method="clonal")
-        other = Rank(tmp_path, 1, 5.0, peers=(to_one.address,), merge_method="clonal")
+        one = Rank(tmp_path, 0, 3.0, peers=(to_other.address,), method="clonal")
+        other = Rank(tmp_path, 1, 5.0, peers=(to_one.address,), method="clonal")
         with ranks(one, other):
             to_one.target, to_other.target = one.where, other.where
             one.fitness, other.fitness = 1.0, 2.0

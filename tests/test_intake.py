@@ -52,8 +52,8 @@ def call(caller, *turns):
 @pytest.mark.parametrize("caller", ["fresh", "old"])
 @pytest.mark.parametrize("fitness", [None, 0.1, 9.0], ids=["unknown", "fitter", "less-fit"])
 def test_fresh_rank_adopts_a_trained_ones_weights_whole_and_never_wins(tmp_path, method, caller, fitness):
-    old = Rank(tmp_path, 0, 1.0, merge_method=method)
-    fresh = Rank(tmp_path, 1, 3.0, merge_method=method, peers=(old.node.address,))
+    old = Rank(tmp_path, 0, 1.0, method=method)
+    fresh = Rank(tmp_path, 1, 3.0, method=method, peers=(old.node.address,))
     with ranks(old, fresh):
         old.node._peers = (fresh.node.address,)
         old.step = old.lineage = 1000
@@ -73,8 +73,8 @@ def test_fresh_rank_adopts_a_trained_ones_weights_whole_and_never_wins(tmp_path,
 
 
 def test_ranks_of_one_lineage_are_averaged(tmp_path):
-    one = Rank(tmp_path, 0, 1.0, merge_method="average")
-    other = Rank(tmp_path, 1, 3.0, merge_method="average", peers=(one.node.address,))
+    one = Rank(tmp_path, 0, 1.0, method="average")
+    other = Rank(tmp_path, 1, 3.0, method="average", peers=(one.node.address,))
     with ranks(one, other):
         one.lineage, other.lineage, one.fitness, other.fitness = 1000, 450, 1.0, 2.0
         one.boundary()
@@ -82,7 +82,7 @@ def test_ranks_of_one_lineage_are_averaged(tmp_path):
         other.call()
         reports = []
         until(lambda: (reports.append(other.boundary()), reports[-1])[1], one)
-        until(lambda: counted(one, won=1), one)
+        until(lambda: counted(one, averaged=1), one)
         assert values_of(one) == values_of(other) == {2.0}
         assert not reports[-1].clonal and reports[-1].method == "average" and reports[-1].peer_lineage == 1000
 
@@ -105,7 +105,7 @@ class Ward:
         live, schema = make_state()
         for tensor in live.values():
             tensor.copy_(torch.rand(tensor.shape, generator=generator))
-        config = {"merge_method": method, **config}
+        config = {"method": method, **config}
         if registry:
             config |= {"filesystem_coordinator": True, "heartbeat_seconds": 0.02, "liveness_seconds": 5.0}
         self.bad = Rank(folder, 0, 1.0, **config)
@@ -145,8 +145,8 @@ def test_node_undoes_a_harmful_merge_bit_for_bit_and_counts_it(tmp_path, method,
         rank.call()
         until(lambda: (rank.boundary() is None, counted(rank, rolled_back=1))[1], bad)
         assert ward.unharmed() and ward.judged == 2
-        assert counted(rank, initiated=1, lost=0, won=0, tied=0, failed=0, busy=0)
-        until(lambda: counted(bad, won=1), bad)
+        assert counted(rank, initiated=1, lost=0, won=0, averaged=0, tied=0, failed=0, busy=0)
+        until(lambda: counted(bad, **{"averaged" if method == "average" else "won": 1}), bad)
         published = rank.node._desk.published
         assert (published.generation, published.fitness, published.lineage) == (0, 2.0, 0)
         event = last_event(rank)
@@ -221,7 +221,7 @@ def test_node_averages_with_nobody_that_did_harm(tmp_path):
     with ranks(ward.bad, ward.rank):
         ward.call(ward.bad)
         until(lambda: counted(ward.rank, rolled_back=1))
-        until(lambda: counted(ward.bad, won=1), ward.bad)  # it had merged its half, and keeps that
+        until(lambda: counted(ward.bad, averaged=1), ward.bad)  # it had merged its half, and keeps that
         ward.set_fitness(bad=2.0, rank=1.0)
         kept = {name: tensor.clone() for name, tensor in ward.bad.live.items()}
         ward.call(ward.bad)
@@ -313,7 +313,7 @@ def test_node_refuses_an_exploding_norm_before_the_merge(tmp_path, method):
 
 @pytest.mark.parametrize(("value", "merges"), [(9.9, True), (10.1, False)])
 def test_node_bounds_the_norm_at_ten_times_its_own(tmp_path, value, merges):
-    with ranks(Rank(tmp_path, 0, 1.0, merge_method="clonal")) as (rank,):
+    with ranks(Rank(tmp_path, 0, 1.0, method="clonal")) as (rank,):
         rank.fitness = 2.0
         rank.boundary()
         for name, tensor in rank.live.items():

@@ -5,7 +5,7 @@ import torch
 
 from bench.injection import Injection
 from gossip.faults import Fault
-from gossip.protocol import MERGE_METHODS
+from gossip.protocol import MERGE_METHODS, VERSION
 from gossip.state import Rule, Schema
 from tests.gossip_helpers import Rank, counted, last_event, ranks, until, values_of
 
@@ -48,8 +48,8 @@ def meet(one, other, one_fault, other_fault):
 @pytest.mark.parametrize("adopts", [False, True], ids=["fitter", "elder"])
 @pytest.mark.parametrize("changes", OTHERS)
 def test_nodes_of_other_schemas_tell_each_other_and_move_no_weights(tmp_path, changes, method, adopts):
-    other = Rank(tmp_path, 1, state=state(3.0, **changes), merge_method=method)
-    one = Rank(tmp_path, 0, state=state(1.0), merge_method=method, peers=(other.node.address,))
+    other = Rank(tmp_path, 1, state=state(3.0, **changes), method=method)
+    one = Rank(tmp_path, 0, state=state(1.0), method=method, peers=(other.node.address,))
     with ranks(one, other):
         one.fitness, other.fitness, one.lineage = 1.0, 2.0, 1000 * adopts
         one.boundary()
@@ -72,7 +72,7 @@ def test_nodes_of_other_versions_have_other_schemas_even_past_the_opening(tmp_pa
     other = Rank(tmp_path, 1, state=state(3.0))
     ours = other.schema.hash
     with monkeypatch.context() as patch:
-        patch.setattr("gossip.state.VERSION", 2)
+        patch.setattr("gossip.state.VERSION", VERSION + 1)
         one = Rank(tmp_path, 0, state=state(1.0), peers=(other.node.address,))
         assert one.schema.hash != ours
     with ranks(one, other):

@@ -188,16 +188,16 @@ def test_signals_save_and_stop_or_go_on(run_train, monkeypatch, tmp_path, number
 def test_a_clone_brings_the_counters_and_a_reset_restarts_the_optimizer(run_train, trainers):
     run_train("run", "--train_steps", "20", *QUIET)
     (trainer,) = trainers
-    assert trainer.parts.tracker.fitness is not None
+    assert trainer.parts.fitness.value is not None
     counters = trainer.weights.scalars()
-    trainer.weights_replaced(None, 3)
+    trainer.weights_replaced(None, 3, judged=False)
     assert trainer.weights.scalars() == counters
-    assert trainer.parts.tracker.fitness is None  # what was measured described other weights
-    trainer.weights_replaced({**counters, "k": 7.0}, 3)
+    assert trainer.parts.fitness.value is None  # what was measured described other weights
+    trainer.weights_replaced({**counters, "k": 7.0}, 3, judged=False)
     assert trainer.weights.scalars()["k"] == 7
     trainer.options.population.gossip_optimizer_recombination = "reset"
     x = trainer.weights.averaged()
-    trainer.weights_replaced(None, 3)
+    trainer.weights_replaced(None, 3, judged=False)
     assert trainer.weights.scalars()["k"] == 0
     for name, tensor in trainer.weights.tensors().items():
         kind, parameter = name.split(".", 1)
@@ -258,9 +258,9 @@ def test_steps_and_merges_count_what_lies_behind_the_weights(run_train, trainers
     (trainer,) = trainers
     assert newest(run_dir)["training"]["totals"]["lineage"] == 20
     assert [row["lineage"] for row in metrics_rows(run_dir)] == ["5", "10", "15", "20"]
-    trainer.weights_replaced(None, 12)
+    trainer.weights_replaced(None, 12, judged=False)
     assert trainer.totals.lineage == 20  # a younger peer's add nothing
-    trainer.weights_replaced(None, 500)
+    trainer.weights_replaced(None, 500, judged=False)
     assert trainer.totals.lineage == 500
     trainer.train_step()
     assert trainer.totals.lineage == 501

@@ -1,8 +1,10 @@
 """The probe, and what is judged by it: an elite that does harm is not kept."""
 
 import json
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,8 @@ from training.data import Corpus, Region
 from training.loop import Trainer
 from training.metrics import RunLog
 from training.optimizer import build_optimizer
-from training.options import DataOptions, OptimizerOptions
-from training.probe import Probe
+from training.options import OptimizerOptions
+from training.probe import Probe, affordable_windows, split_probe
 from training.retention import RetentionPolicy, tidy
 
 CPU = torch.device("cpu")
@@ -52,42 +54,80 @@ def whole_loss(model: MinLM, weights: dict[str, torch.Tensor], lanes: torch.Tens
     return F.cross_entropy(logits_LTV.flatten(0, 1), lanes[:, 1:].flatten().long()).item()
 
 
-@pytest.mark.parametrize(
-    ("held_out_bytes", "options", "lanes", "lane_bytes"),
-    [
-        (5000, DataOptions(batch_size=4, chunk_size=300), 4, 300),
-        (5000, DataOptions(batch_size=2, chunk_size=32), 2, 512),  # no less than 1k
-        (90_000, DataOptions(batch_size=64, chunk_size=2048), 64, 1024),  # no more than 64k
-        (97, DataOptions(batch_size=4, chunk_size=300), 4, 24),  # what there is
-        (1, DataOptions(batch_size=4, chunk_size=300), 4, 300),  # nothing held out: the end of the training bytes
-    ],
-    ids=["a batch", "few", "many", "short", "none held out"],
-)
-def test_probe_is_the_averaged_weights_loss_on_the_last_bytes(
-    tmp_path, model, held_out_bytes, options, lanes, lane_bytes
-):
-    held_out, training = regions(tmp_path, held_out_bytes)
-    region = held_out if held_out_bytes > 1 else training
+def probe_of(model, region, windows, pass_bytes=1000):
     weights = build_optimizer(model, OptimizerOptions(sf_beta=0.5))
     with torch.no_grad():
         for name, tensor in weights.tensors().items():
             tensor.mul_(1.5 if name.startswith("z.") else 1.0)
-    probe = Probe(model, weights, held_out, training, options, CPU)
-    window = region.read(len(region) - lanes * lane_bytes - 1, len(region))
-    rows = [window[lane * lane_bytes : (lane + 1) * lane_bytes + 1] for lane in range(lanes)]
-    lanes_LS = torch.stack([torch.from_numpy(row) for row in rows])
-    expected = whole_loss(model, weights.averaged(), lanes_LS)
-    assert probe.loss() == pytest.approx(expected, abs=1e-5)
-    assert abs(expected - whole_loss(model, model.state_dict(), lanes_LS)) > 1e-4  # of y: else both would do
+    return Probe(model, weights, region, windows, pass_bytes, CPU), weights
+
+
+@pytest.mark.parametrize(
+    ("held_out_bytes", "probed", "validated"),
+    [(400_000, 65_537, 334_463), (40_000, 10_000, 30_000), (8000, 20_000, 8000), (1, 20_000, 1)],
+    ids=["large", "a quarter", "too few", "none held out"],
+)
+def test_the_probe_is_apart_from_what_validates(tmp_path, held_out_bytes, probed, validated):
+    held_out, training = regions(tmp_path, held_out_bytes)
+    probe, validation = split_probe(training, held_out)
+    assert (len(probe), len(validation)) == (probed, validated)
+    assert validation.begin == held_out.begin
+    if probed + validated == held_out_bytes:
+        assert probe.begin == validation.end and probe.end == held_out.end
+    else:
+        assert probe == training
+
+
+@pytest.mark.parametrize(
+    ("step_bytes", "every", "budget", "windows"),
+    [(16 * 64, 50, 0.02, 12), (8 * 2048, 50, 0.02, 192), (1024, 50, 0.0, 8), (1 << 20, 50, 0.02, 256)],
+)
+def test_the_probe_is_as_large_as_its_budget_allows(step_bytes, every, budget, windows):
+    assert affordable_windows(step_bytes, every, budget) == windows
+
+
+@pytest.mark.parametrize("pass_bytes", [1, 600, 100_000])
+def test_probe_measures_the_averaged_weights_on_each_window(tmp_path, model, pass_bytes):
+    region, _ = regions(tmp_path, 10_000)
+    probe, weights = probe_of(model, region, 5, pass_bytes)
+    loss, evidence = probe.measure()
+    content = region.read(0, len(region))
+    places = np.random.default_rng(0).permutation(9999 // 256)[:5] * 256
+    for place, measured in zip(places, evidence.losses, strict=True):
+        window = torch.from_numpy(content[place : place + 257])[None]
+        expected = whole_loss(model, weights.averaged(), window)
+        assert measured == pytest.approx(expected, abs=2e-5)
+        assert abs(expected - whole_loss(model, model.state_dict(), window)) > 1e-4  # of y: else both would do
+    assert loss == pytest.approx(np.mean(evidence.losses), abs=1e-5)
+
+
+def test_a_smaller_probe_is_the_beginning_of_a_larger_one(tmp_path, model):
+    region, _ = regions(tmp_path, 10_000)
+    (small, _), (large, _) = probe_of(model, region, 3), probe_of(model, region, 9)
+    assert small.id == large.id
+    assert large.measure()[1].losses[:3] == pytest.approx(small.measure()[1].losses, abs=2e-5)
+
+
+def test_probes_of_other_bytes_have_other_names(tmp_path, model):
+    region, other = regions(tmp_path, 10_000, 10_000)
+    assert probe_of(model, region, 3)[0].id != probe_of(model, other, 3)[0].id
+
+
+def test_probe_of_weights_that_are_not_finite_is_no_evidence(tmp_path, model):
+    region, _ = regions(tmp_path, 10_000)
+    probe, weights = probe_of(model, region, 3)
+    with torch.no_grad():
+        weights.tensors()["y.token_emb.weight"].fill_(math.nan)
+    loss, evidence = probe.measure()
+    assert math.isnan(loss) and evidence is None
 
 
 def test_probe_changes_nothing_and_says_the_same_again(tmp_path, model):
-    held_out, training = regions(tmp_path, 5000)
-    weights = build_optimizer(model, OptimizerOptions())
-    probe = Probe(model, weights, held_out, training, DataOptions(), CPU)
+    region, _ = regions(tmp_path, 5000)
+    probe, weights = probe_of(model, region, 8)
     before = {name: tensor.clone() for name, tensor in weights.tensors().items()}
     random_state = torch.get_rng_state()
-    assert probe.loss() == probe.loss()
+    assert probe.measure() == probe.measure()
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights.tensors().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -129,11 +169,11 @@ def test_an_elite_that_does_harm_is_undone_bit_for_bit_and_not_tried_again(
     elite = put_elite(trainer, scale=-30.0)
     make_worst(trainer, monkeypatch)
     before = {name: tensor.clone() for name, tensor in trainer.weights.tensors().items()}
-    scalars, fitness, totals = trainer.weights.scalars(), trainer.parts.tracker.fitness, vars(trainer.totals).copy()
+    scalars, fitness, totals = trainer.weights.scalars(), trainer.parts.fitness.value, vars(trainer.totals).copy()
     for _ in range(3):
         trainer._rejuvenation.consider()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.weights.tensors().items())
-    assert (trainer.weights.scalars(), trainer.parts.tracker.fitness) == (scalars, fitness)
+    assert (trainer.weights.scalars(), trainer.parts.fitness.value) == (scalars, fitness)
     assert vars(trainer.totals) == totals
     lines = (tmp_path / "after.log").read_text().splitlines()
     assert f"rolled_back: elite_01.pt ({elite.path.name})" in lines[0] and "nats/byte after" in lines[0]
@@ -154,7 +194,7 @@ def test_an_elite_that_does_none_is_kept_and_its_lineage_is_inherited(
     assert "rejuvenated: merged elite_01.pt" in (tmp_path / "after.log").read_text()
     torch.testing.assert_close(trainer.weights.tensors()["z.token_emb.weight"], before * (1 + scale) / 2)
     assert trainer.totals.lineage == 700
-    assert trainer.parts.tracker.fitness is None
+    assert (trainer.parts.fitness.value is None) == (tolerance is None)  # the judge has seen the weights as they are
 
 
 def test_gossip_rollback_reaches_the_node_with_the_probe_as_its_judge(run_train, trainers, monkeypatch):  # noqa: F811
@@ -170,4 +210,4 @@ def test_gossip_rollback_reaches_the_node_with_the_probe_as_its_judge(run_train,
         run_dir = run_train(f"run_{flag}", "--train_steps", "2", "--gossip_rollback", flag, *QUIET)
         assert seen["config"].rollback_tolerance == value
         assert json.loads((run_dir / "config.json").read_text())["options"]["population"]["gossip_rollback"] == value
-        assert seen["judge"]() == trainers[-1].parts.probe.loss()
+        assert seen["judge"]() == trainers[-1].parts.fitness.probe.measure()[0]

@@ -30,7 +30,8 @@ _NAME = re.compile(r"checkpoint_rank_(\d{4,})_step_(\d{6,})_loss_(\d+\.\d{4}|NA)
 _DAMAGE = (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError, LookupError, TypeError, AttributeError,
            AssertionError)  # fmt: skip
 _OWN_KEYS = {"model_config", "model_state_dict", "step", "loss"}
-_TRAINING_KEYS = {"family", "tensors", "scalars", "state", "lanes", "totals", "mixes", "tracker", "dice", "torch_rng"}
+_TRAINING_KEYS = {"family", "tensors", "scalars", "state", "lanes", "totals", "mixes", "fitness", "genes", "dice",
+                  "torch_rng"}  # fmt: skip
 
 
 class CheckpointError(UserError):
@@ -83,6 +84,19 @@ def save_checkpoint(
         "loss": loss,
         "training": training,
     }
+    _write_sealed(path, content)
+    return path
+
+
+def save_weights(
+    path: Path, config: ModelConfig, weights: dict[str, torch.Tensor], step: int | None, loss: float | None
+) -> None:
+    """Write a checkpoint of a model alone, which read_for_use takes and nobody can resume. Raises OSError."""
+    content = {"format": FORMAT, "model_config": config.to_dict(), "model_state_dict": weights}
+    _write_sealed(path, content | {"step": step, "loss": loss})
+
+
+def _write_sealed(path: Path, content: dict[str, Any]) -> None:
     with atomic_writer(path) as file:
         sealed = SealedFile(file)
         try:
@@ -91,7 +105,6 @@ def save_checkpoint(
             # torch's writer reports a failed write in its own words; the file system's are clearer.
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         sealed.seal()
-    return path
 
 
 def checkpoint_bytes(schema: Schema, parameters: int, state: MinLMState) -> int:

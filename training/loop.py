@@ -17,18 +17,18 @@ from torch import Tensor
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode
 from gossip.filesystem_coordinator import RankReplaced
-from gossip.fitness_tracker import FitnessTracker
 from gossip.state import Schema
 from mingru.minLM import MinLM, MinLMState
 from runtime.signals import SignalFlags
 from training.checkpoint_writer import CheckpointWriter, Moment, Saved
 from training.data import LaneReader, Region, validation_chunks
+from training.fitness import Fitness
+from training.heredity import Heredity
 from training.losses import averaged_loss, chunk_loss
-from training.metrics import MetricsFile, Progress, RunLog, bits
+from training.metrics import MetricsFile, Progress, RunLog, report_line
 from training.optimizer import TrainedWeights
 from training.options import Options
 from training.population import save_chance, standing_of
-from training.probe import Probe
 from training.recovery import Recovery, TrainingDiverged
 from training.rejuvenation import Rejuvenation
 from training.resume import capture
@@ -63,10 +63,10 @@ class Parts:
     schema: Schema
     lanes: LaneReader
     held_out: Region | None
-    probe: Probe
     writer: CheckpointWriter
     node: EvolutionaryNode
-    tracker: FitnessTracker
+    fitness: Fitness
+    heredity: Heredity
     signals: SignalFlags
     metrics: MetricsFile
     log: RunLog
@@ -89,6 +89,7 @@ class Trainer:
         self.loss: float | None = None
         self.val_loss: float | None = None
         self.grad_norm: float | None = None
+        self.distance: float | None = None  # from the peer whose weights were merged last
         self.bytes_per_s: float | None = None
         self._recovery = Recovery(self)
         self._rejuvenation = Rejuvenation(self)
@@ -108,7 +109,7 @@ class Trainer:
             total = total + loss.detach()
             self.totals.bytes_seen += chunk.reset_BT.size
             self.totals.documents += int(chunk.reset_BT.sum())
-        clip = self.options.optimizer.grad_clip or math.inf
+        clip = self.hyperparameter("grad_clip") or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
         loss = float(total) / chunks
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -118,7 +119,7 @@ class Trainer:
             self.state, self.loss, self.grad_norm = state, loss, grad_norm
             self.totals.step += 1
             self.totals.lineage += 1
-            self.parts.tracker.observe(loss)
+            self.parts.fitness.tracker.observe(loss)
         self.model.zero_grad(set_to_none=True)
         return finite
 
@@ -177,27 +178,53 @@ class Trainer:
             totals.cpu_seconds += cpu_now - cpu_before
             before, cpu_before = now, cpu_now
             if progress:
-                progress.update(totals.step, self.parts.tracker.ema, self.bytes_per_s, self.mixes())
+                progress.update(totals.step, self.parts.fitness.tracker.ema, self.bytes_per_s, self.mixes())
 
     def _meet_population(self) -> None:
         node = self.parts.node
         self.parts.writer.before_write()  # a merge may write; for its own copies the node waits itself
-        totals, fitness = self.totals, self.parts.tracker.fitness
-        report = node.step_boundary(totals.step, totals.lineage, fitness, self.status())
+        totals, fitness = self.totals, self.parts.fitness
+        fitness.measure_if_due(totals.step)
+        report = node.step_boundary(totals.step, totals.lineage, fitness.value, self.status(), fitness.evidence)
         if report is not None:
-            self.weights_replaced(report.peer_scalars if report.clonal else None, report.peer_lineage)
-            self._line(f"merged rank {report.peer_rank}'s weights of its step {report.peer_step} ({report.method})")
+            self.distance = report.distance
+            self.weights_replaced(
+                self._scalars_of(report.peer_scalars) if report.clonal else None, report.peer_lineage, report.judged
+            )
+            if not report.both and self.parts.heredity.values:
+                self._inherit(report.peer_genes)
         self._rejuvenation.consider()
 
-    def weights_replaced(self, whole_scalars: dict[str, float] | None, lineage: int) -> None:
+    def hyperparameter(self, name: str) -> float:
+        """The value in force: this rank's own where it evolves, else the option's."""
+        return self.parts.heredity.values.get(name, getattr(self.options.optimizer, name))
+
+    def apply_hyperparameters(self) -> None:
+        """Let the optimizer go on with the values in force."""
+        self.weights.set_hyperparameters(self.hyperparameter("lr"), self.hyperparameter("weight_decay"))
+
+    def _inherit(self, genes: dict[str, float]) -> None:
+        self.parts.heredity.inherit(genes, self.dice)
+        self.apply_hyperparameters()
+        self._line("inherited " + ", ".join(f"{name} {x:.4g}" for name, x in self.parts.heredity.values.items()))
+
+    def _scalars_of(self, peers: dict[str, float]) -> dict[str, float]:
+        """The optimizer's counters that come with a peer's weights: what counts second moments stays with them."""
+        if self.options.population.gossip_payload == "full":
+            return peers
+        own = self.weights.scalars()
+        return {name: own[name] if name == self.weights.moments_counter else x for name, x in peers.items()}
+
+    def weights_replaced(self, whole_scalars: dict[str, float] | None, lineage: int, judged: bool) -> None:
         """After a merge: weights taken whole bring their optimizer's counters, whatever was measured describes other
-        weights now, and the steps behind the others' (`lineage`) are behind these."""
+        weights now (but the probe, if they were `judged` by it), and the steps behind the others' (`lineage`) are
+        behind these."""
         if whole_scalars is not None:
             self.weights.load_scalars(whole_scalars)
         if self.options.population.gossip_optimizer_recombination == "reset":
             self.weights.adopt(self.weights.averaged())
         self.totals.lineage = max(self.totals.lineage, lineage)
-        self.parts.tracker.reset()
+        self.parts.fitness.replaced(judged)
 
     def _draw_save(self) -> bool:
         """Does a checkpoint come due with this step?"""
@@ -215,13 +242,13 @@ class Trainer:
             return
         if self.parts.signals.take_save():
             self.save("asked for by a signal")
-        elif self._save_due and self.parts.tracker.fitness is not None:
+        elif self._save_due and self.parts.fitness.value is not None:
             self.save()
 
     def save(self, why: str = "") -> None:
         """Begin a checkpoint of this moment; how it ends is seen at a later step boundary, or by finish_save()."""
         self._save_due = False
-        self.parts.writer.begin(Moment(self.totals.step, self.parts.tracker.fitness, why, capture(self)))
+        self.parts.writer.begin(Moment(self.totals.step, self.parts.fitness.value, why, capture(self)))
 
     def finish_save(self) -> None:
         """Wait for the save that is under way, if one is."""
@@ -253,36 +280,36 @@ class Trainer:
 
     def status(self) -> dict[str, Any]:
         """What this rank tells the population's registry."""
-        mixes, tracker = self.mixes(), self.parts.tracker
+        mixes = self.mixes()
         return {
-            "best_fitness": tracker.best,
+            "best_fitness": self.parts.fitness.best,
+            "lr": self.hyperparameter("lr"),
             "bytes_per_s": self.bytes_per_s,
             "mixes_initiated": mixes["initiated"],
             "mixes_received": mixes["received"],
             "bytes_seen": self.totals.bytes_seen,
             "cpu_s": self.totals.cpu_seconds,
-            **{name: mixes[name] for name in ("won", "lost", "tied", "failed", "busy", "rolled_back")},
+            **{name: mixes[name] for name in ("won", "lost", "averaged", "tied", "failed", "busy", "rolled_back")},
         }
 
     def _report(self) -> None:
         """A row of the metrics and a line of the log."""
-        totals, ema, rate = self.totals, self.parts.tracker.ema, self.bytes_per_s
+        totals, ema = self.totals, self.parts.fitness.tracker.ema
         mixes = self.mixes()
         row = {
             "rank": self.parts.run.rank, "time_s": totals.seconds, "loss": self.loss, "ema_loss": ema,
             "val_loss": self.val_loss, "lr": self.weights.lr, "grad_norm": self.grad_norm, **self.status(),
             "step": totals.step, "documents": totals.documents, "lineage": totals.lineage,
             "bytes_sent": mixes["bytes_sent"], "bytes_received": mixes["bytes_received"],
+            "probe_loss": self.parts.fitness.value if self.parts.fitness.kind == "probe" else None,
+            "probe_s": self.parts.fitness.seconds, "distance": self.distance, "base_lr": self.hyperparameter("lr"),
+            "weight_decay": self.hyperparameter("weight_decay"), "grad_clip": self.hyperparameter("grad_clip"),
         }  # fmt: skip
         try:
             self.parts.metrics.append(row)
         except OSError as error:
             self.event("metrics_failed", f"{error.strerror or error}; training goes on")
-        held_out = "" if self.val_loss is None else f"  held-out {bits(self.val_loss):7.4f}"
-        self._line(
-            f"loss {bits(self.loss):7.4f}  ema {bits(ema):7.4f}{held_out} bits/byte  {rate / 1000:9.1f} kB/s  "
-            f"won {row['won']} lost {row['lost']} tied {row['tied']} failed {row['failed']}"
-        )
+        self.parts.log.line(report_line(row))
         self.val_loss = None
 
     def _line(self, text: str) -> None:
@@ -290,5 +317,5 @@ class Trainer:
 
     def event(self, event: str, message: str) -> None:
         """Something went wrong or was mended: in both logs."""
-        self.parts.events.write(event, step=self.totals.step, fitness=self.parts.tracker.fitness, message=message)
+        self.parts.events.write(event, step=self.totals.step, fitness=self.parts.fitness.value, message=message)
         self._line(f"{event}: {message}")

@@ -33,18 +33,41 @@ def averaged_loss(model: MinLM, weights: TrainedWeights, chunks: Iterable[Chunk]
 
     Training's weights stay untouched; the model is left in eval mode.
     """
-    averaged = weights.averaged()
-
-    def with_averaged(*inputs: Any) -> tuple[Tensor, MinLMState]:
-        return functional_call(model, averaged, inputs)
-
-    model.eval()
+    with_averaged = _averaged_model(model, weights)
     total, count, state = 0.0, 0, None
     for chunk in chunks:
         loss, state = chunk_loss(with_averaged, chunk, state, device)
         total += float(loss) * chunk.reset_BT.size
         count += chunk.reset_BT.size
     return total / count
+
+
+@torch.no_grad()
+def averaged_lane_losses(
+    model: MinLM, weights: TrainedWeights, chunks: Iterable[Chunk], device: torch.device
+) -> np.ndarray:
+    """Mean loss of the averaged weights over each lane of each chunk, every one from a state of zero: float32 (lanes,).
+
+    Training's weights stay untouched; the model is left in eval mode.
+    """
+    with_averaged = _averaged_model(model, weights)
+    losses = []
+    for chunk in chunks:
+        ids_BS = _to_device(chunk.ids_BS, device)
+        logits_BTV, _ = with_averaged(ids_BS[:, :-1], None, _to_device(chunk.reset_BT, device))
+        targets_BT = ids_BS[:, 1:].long()
+        losses.append(F.cross_entropy(logits_BTV.mT.float(), targets_BT, reduction="none").mean(dim=1))
+    return torch.cat(losses).cpu().numpy()
+
+
+def _averaged_model(model: MinLM, weights: TrainedWeights) -> Callable[..., tuple[Tensor, MinLMState]]:
+    averaged = weights.averaged()
+    model.eval()
+
+    def with_averaged(*inputs: Any) -> tuple[Tensor, MinLMState]:
+        return functional_call(model, averaged, inputs)
+
+    return with_averaged
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -6,18 +6,19 @@ import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, set_aside
 from runtime.stderr import say
 
 COLUMNS = (
     "rank", "step", "time_s", "loss", "ema_loss", "val_loss", "bytes_seen", "bytes_per_s", "lr", "grad_norm",
-    "documents", "mixes_initiated", "mixes_received", "won", "lost", "tied", "failed", "busy", "rolled_back", "lineage",
-    "cpu_s", "bytes_sent", "bytes_received",
+    "documents", "mixes_initiated", "mixes_received", "won", "lost", "averaged", "tied", "failed", "busy",
+    "rolled_back", "lineage", "cpu_s", "bytes_sent", "bytes_received", "probe_loss", "probe_s", "distance", "base_lr",
+    "weight_decay", "grad_clip",
 )  # fmt: skip
 MISSING = "NA"
 
@@ -78,13 +79,23 @@ class RunLog:
     """
 
     def __init__(self, path: Path, echo: bool) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab", buffering=0)
-        except OSError as error:
-            raise UserError(f"expected to write a log to {path}, got {error.strerror}: mend its folder") from None
+        self._path = path
+        self._file = self._open()
         self._echo = echo
         self.lost = 0
+
+    def _open(self) -> BinaryIO:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return open(self._path, "ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"expected to write a log to {self._path}, got {error.strerror}: mend its folder") from None
+
+    def begin_anew(self) -> None:
+        """Begin an empty file; what an earlier run of this name has written is kept as <name>.1, <name>.2, ..."""
+        self._file.close()
+        set_aside(self._path)
+        self._file = self._open()
 
     def line(self, text: str, echo: bool | None = None) -> None:
         """Write one line; `echo` overrides whether standard error gets it too."""
@@ -98,9 +109,48 @@ class RunLog:
         if self._echo if echo is None else echo:
             say(stamped)
 
+    def mix(self, event: str, *account: Any) -> None:
+        """Write the line of a conversation that moved weights or failed, told as to mix_line(); any thread."""
+        line = mix_line(event, *account)
+        if line is not None:
+            self.line(line)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def report_line(row: dict[str, Any]) -> str:
+    """A row of the metrics for people: fixed columns, losses in bits per byte, a dash for what was not measured."""
+
+    def loss(name: str) -> str:
+        value = row.get(name)
+        return "      -" if value is None or not math.isfinite(value) else f"{bits(value):7.4f}"
+
+    counts = "  ".join(f"{name} {row[name]:>4}" for name in ("won", "lost", "averaged", "tied", "failed"))
+    return (
+        f"{_step(row['step'])}  loss {loss('loss')}  ema {loss('ema_loss')}  held-out {loss('val_loss')} bits/byte  "
+        f"{row['bytes_per_s'] / 1000:9.1f} kB/s  {counts}"
+    )
+
+
+def mix_line(
+    event: str, step: int | None, peer: int | str, nbytes: int | None, milliseconds: float | None, message: str
+) -> str | None:
+    """A conversation for people: how much in which time, or why not in one phrase; None where nothing was to be moved.
+
+    event, message: as in gossip_logs/; peer: a rank, or an address that never said its rank.
+    """
+    who = f"rank {peer:>4}" if isinstance(peer, int) else peer
+    if event in ("sent", "merged", "averaged"):
+        message = f"{(nbytes or 0) / 1e6:9.1f} MB in {(milliseconds or 0) / 1000:8.3f} s"
+    elif event in ("tied", "busy"):
+        return None
+    return f"{_step(step)}  {event:<11}  {who}  {message}"
+
+
+def _step(step: int | None) -> str:
+    return f"step {'-' if step is None else step:>8}"
 
 
 class Progress:

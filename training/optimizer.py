@@ -20,6 +20,7 @@ class TrainedWeights(Protocol):
     """A model's weights in training: everything that moves them, merges them or stores them goes through here."""
 
     family: str
+    moments_counter: str  # which of the scalars counts the steps behind the second moments
     rules: dict[str, Rule]
 
     def step(self) -> None:
@@ -43,6 +44,9 @@ class TrainedWeights(Protocol):
     def adopt(self, weights: dict[str, Tensor]) -> None:
         """Go on from `weights` (by parameter name) as a new optimizer would, without any history."""
 
+    def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
+        """Go on with this full learning rate, and this decay of the matrices."""
+
     @property
     def lr(self) -> float:
         """The learning rate of the last step, warm-up included."""
@@ -57,8 +61,8 @@ def _groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str,
     """Matrices decay; gains and biases, being vectors, do not."""
     parameters = list(parameters)
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay, "decays": True},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "decays": False},
     ]
 
 
@@ -66,6 +70,7 @@ class ScheduleFreeWeights:
     """Schedule-free AdamW: y (the model's own parameters), z and second moments v."""
 
     family = "schedule-free AdamW"
+    moments_counter = "k"
 
     def __init__(self, model: nn.Module, options: OptimizerOptions) -> None:
         self._parameters = dict(model.named_parameters())
@@ -131,6 +136,11 @@ class ScheduleFreeWeights:
             state["exp_avg_sq"].zero_()
         self.load_scalars({"k": 0, "weight_sum": 0.0, "lr_max": -1.0})
 
+    def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
     @property
     def lr(self) -> float:
         return float(self._optimizer.param_groups[0]["scheduled_lr"])
@@ -140,6 +150,7 @@ class AdamWWeights:
     """Plain AdamW with linear warm-up: weights w, first moments m, second moments v."""
 
     family = "AdamW"
+    moments_counter = "steps"
 
     def __init__(self, model: nn.Module, options: OptimizerOptions) -> None:
         self._parameters = dict(model.named_parameters())
@@ -200,6 +211,11 @@ class AdamWWeights:
             self._optimizer.state[parameter]["exp_avg"].zero_()
             self._optimizer.state[parameter]["exp_avg_sq"].zero_()
         self.load_scalars({"steps": 0})
+
+    def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
+        self._full_lr = lr
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
     @property
     def lr(self) -> float:

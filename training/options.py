@@ -12,9 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gossip.decision import FITNESS_KINDS, TIES
+from gossip.protocol import MERGE_METHODS
+from gossip.wire_format import WIRE_DTYPES
 from runtime.arguments import ArgumentParser, normalise_flags
 from runtime.errors import UserError
 
+PAYLOADS = ("full", "weights")
 _SUFFIXES = {"k": 1024, "m": 1024**2, "g": 1024**3}
 
 
@@ -180,12 +184,32 @@ class PopulationOptions:
     gossip_mixing_rate: float = _option(0.02, "chance a step that this rank calls a random peer", _FRACTION)
     gossip_merge_method: str = _option("recombination", "clonal: the loser takes the winner's weights; recombination: "
                                        "it moves towards them; average: both take the mean",
-                                       choices=("clonal", "recombination", "average"))  # fmt: skip
+                                       choices=MERGE_METHODS)  # fmt: skip
     gossip_recombination_alpha: float = _option(0.5, "how far a loser moves towards the winner, 0 ... 1", _FRACTION)
     gossip_optimizer_recombination: str = _option(
         "interpolate", "after a merge, second moments are interpolated, or the optimizer starts afresh",
         choices=("reset", "interpolate"),
     )  # fmt: skip
+    gossip_fitness: str = _option("probe", "compare ranks by the probe, held-out windows that are the same for all, or "
+                                  "by ema, a moving average of the training loss", choices=FITNESS_KINDS)  # fmt: skip
+    gossip_tie: str = _option("average", "where the probe shows no clear winner both take the mean, or nothing moves",
+                              choices=TIES)  # fmt: skip
+    gossip_significance: float = _option(0.05, "chance that a winner by the probe is none; 0: nobody ever wins",
+                                         _FRACTION)  # fmt: skip
+    gossip_least_effect: float = _option(0.01, "nats per byte by which a winner must be ahead on the probe",
+                                         _NOT_NEGATIVE)  # fmt: skip
+    probe_every: int = _option(50, "steps between measurements of the probe", _whole(1))
+    probe_budget: float = _option(0.02, "share of training's work for the probe, from which its size follows (at least "
+                                  "8 windows of 256 bytes)", _FRACTION)  # fmt: skip
+    gossip_payload: str = _option("full", "send weights and second moments, or weights alone", choices=PAYLOADS)
+    gossip_wire_dtype: str = _option("fp32", "how numbers travel", choices=WIRE_DTYPES)
+    evolve: list[str] = _option([], "hyperparameters that evolve, of lr,weight_decay,grad_clip: each rank draws its "
+                                "own, and who takes a winner's weights inherits them, mutated", many=True,
+                                fixed=True)  # fmt: skip
+    evolve_spread: float = _option(2.83, "factor by which a first value is at most above or below the given one",
+                                   _real(1), fixed=True)  # fmt: skip
+    mutation_scale: float = _option(0.2, "standard deviation of the logarithm of an inherited value's change",
+                                    _NOT_NEGATIVE)  # fmt: skip
     gossip_rollback: float | None = _option(0.1, "a merge that makes this rank's loss worse by more nats per byte than "
                                             "this is undone; none: never", _tolerance)  # fmt: skip
     gossip_fitness_decay: float = _option(0.95, "decay a step of the training loss's moving average, the fitness",

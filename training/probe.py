@@ -1,36 +1,88 @@
-"""The judge of a merge: the loss of the averaged weights on the same few bytes each time."""
+"""The probe: a few windows of held-out bytes, the same for every rank, on which weights are compared and judged."""
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
+from blake3 import blake3
 
+from gossip.comparison import Evidence
+from gossip.protocol import PROBE_WINDOWS_LIMIT
 from mingru.minLM import MinLM
-from training.data import Region, validation_chunks
-from training.losses import averaged_loss
+from training.data import Chunk, Region, document_starts
+from training.losses import averaged_lane_losses
 from training.optimizer import TrainedWeights
-from training.options import DataOptions
 
-LEAST_BYTES, MOST_BYTES = 1024, 64 * 1024  # a batch's worth, within these
+WINDOW_BYTES = 256  # targets of a window
+LEAST_WINDOWS = 8  # fewer are little evidence, whatever the budget is
+_FORWARD_SHARE = 1 / 3  # of a training step, that a pass without gradients costs
+_HELD_OUT_SHARE = 4  # at most one part in so many of the held-out bytes is the probe's
+_DIGITS = 5  # of a loss that travels: 1e-5 nats
+
+
+def split_probe(training: Region, held_out: Region | None) -> tuple[Region, Region | None]:
+    """(probe, validation): the end of the held-out bytes, and what comes before it; apart, so that validation remains
+    untouched by whatever is chosen by the probe.
+
+    Where the held-out bytes are too few for it the probe looks at the end of the training bytes instead.
+    """
+    most = PROBE_WINDOWS_LIMIT * WINDOW_BYTES + 1
+    if held_out is not None and len(held_out) // _HELD_OUT_SHARE > LEAST_WINDOWS * WINDOW_BYTES:
+        cut = held_out.end - min(len(held_out) // _HELD_OUT_SHARE, most)
+        return Region(held_out.corpus, cut, held_out.end), Region(held_out.corpus, held_out.begin, cut)
+    return Region(training.corpus, training.end - min(len(training), most), training.end), held_out
+
+
+def affordable_windows(step_bytes: int, probe_every: float, budget: float) -> int:
+    """Windows that cost `budget`, a share of training's work, every `probe_every` steps of `step_bytes`; at least 8."""
+    affordable = int(budget * probe_every * step_bytes / _FORWARD_SHARE / WINDOW_BYTES)
+    return min(max(affordable, LEAST_WINDOWS), PROBE_WINDOWS_LIMIT)
 
 
 class Probe:
-    """Fixed windows at the end of the held-out bytes, or where there are none of the training bytes, read once: what a
-    rank looks at before and after others' weights."""
+    """The first `windows` of a region's windows, in an order that spreads them and is the same for every rank. All
+    methods are for the training thread.
+
+    A rank that measures fewer than another has measured the first of the same. pass_bytes: targets that one forward
+    pass may take.
+    """
 
     def __init__(
         self,
         model: MinLM,
         weights: TrainedWeights,
-        held_out: Region | None,
-        training: Region,
-        options: DataOptions,
+        region: Region,
+        windows: int,
+        pass_bytes: int,
         device: torch.device,
     ) -> None:
-        region = held_out if held_out is not None and len(held_out) > 1 else training
-        wanted = min(max(options.batch_size * options.chunk_size, LEAST_BYTES), MOST_BYTES)
-        targets = min(wanted, len(region) - 1)
-        tail = Region(region.corpus, region.end - targets - 1, region.end)
-        self._chunks = list(validation_chunks(tail, options.batch_size, options.chunk_size, len(tail)))
+        content = region.read(0, len(region))
+        size = max(1, min(WINDOW_BYTES, (len(content) - 1) // 2))
+        places = np.random.default_rng(0).permutation((len(content) - 1) // size)[:windows] * size
+        self.id = blake3(content.tobytes() + size.to_bytes(4, "little")).hexdigest()[:32]
+        self._ids_NS = np.stack([content[place : place + size + 1] for place in places])
+        self._lanes = max(1, pass_bytes // size)
+        self._delimiter = region.corpus.delimiter
         self._model, self._weights, self._device = model, weights, device
 
-    def loss(self) -> float:
-        """Loss of the averaged weights as they are now, nats per byte, from a state of zero. Training thread."""
-        return averaged_loss(self._model, self._weights, self._chunks, self._device)
+    def measure(self) -> tuple[float, Evidence | None]:
+        """The averaged weights as they are now, each window from a state of zero: their mean loss in nats per byte, and
+        the windows' losses, None if those are not finite.
+        """
+        losses = averaged_lane_losses(self._model, self._weights, self._passes(), self._device)
+        finite = bool(np.isfinite(losses).all())
+        evidence = Evidence(self.id, tuple(round(float(x), _DIGITS) for x in losses)) if finite else None
+        return float(losses.mean()), evidence
+
+    def __str__(self) -> str:
+        return f"probe: {self.windows} windows of {self._ids_NS.shape[1] - 1} bytes"
+
+    @property
+    def windows(self) -> int:
+        """How many windows are measured."""
+        return len(self._ids_NS)
+
+    def _passes(self) -> Iterator[Chunk]:
+        for first in range(0, self.windows, self._lanes):
+            ids_BS = self._ids_NS[first : first + self._lanes]
+            yield Chunk(ids_BS, document_starts(ids_BS[:, :-1], self._delimiter))

@@ -68,5 +68,5 @@ class Recovery:
             trainer.weights.adopt(trainer.parts.initial_weights())
             trainer.totals.lineage = 0
         trainer.parts.node.weights_changed()
-        trainer.parts.tracker.reset()
+        trainer.parts.fitness.replaced(judged=False)
         return source or "the initial weights"

@@ -27,7 +27,7 @@ class Rejuvenation:
         standing = standing_of(node.roster, trainer.parts.run.rank)
         if is_among_worst(standing, options.rejuvenation_threshold):
             # The standing is as old as the last heartbeat: weights that are newer than their fitness have none.
-            measured = trainer.parts.tracker.fitness is not None and not node.engaged
+            measured = trainer.parts.fitness.value is not None and not node.engaged
             if trainer.dice.random() < options.rejuvenation_probability and measured:
                 try:
                     self._rejuvenate()
@@ -49,7 +49,7 @@ class Rejuvenation:
         trainer.before_write()
         trial = merge_judged(
             live, schema, elite, None, options.gossip_merge_method, options.gossip_recombination_alpha,
-            None if options.gossip_rollback is None else trainer.parts.probe.loss, options.gossip_rollback,
+            None if options.gossip_rollback is None else trainer.parts.fitness.judge, options.gossip_rollback,
         )  # fmt: skip
         if not trial.kept:
             self._refused.add(name)
@@ -58,7 +58,8 @@ class Rejuvenation:
             return
         trainer.parts.node.weights_changed()
         whole = options.gossip_merge_method == "clonal"
-        trainer.weights_replaced(training["scalars"] if whole else None, training["totals"]["lineage"])
+        judged = options.gossip_rollback is not None
+        trainer.weights_replaced(training["scalars"] if whole else None, training["totals"]["lineage"], judged)
         trainer.event("rejuvenated", f"merged {link.name}")
 
     def _choose(self) -> tuple[Path, str] | None:

@@ -25,7 +25,8 @@ def capture(trainer: "Trainer") -> dict[str, Any]:
         "lanes": trainer.parts.lanes.state_dict(),
         "totals": dataclasses.asdict(trainer.totals),
         "mixes": trainer.mixes(),
-        "tracker": trainer.parts.tracker.state_dict(),
+        "fitness": trainer.parts.fitness.state_dict(),
+        "genes": dict(trainer.parts.heredity.values),
         "dice": trainer.dice.getstate(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -66,7 +67,9 @@ def restore(trainer: "Trainer", training: dict[str, Any], moves: bool) -> None:
     trainer.parts.lanes.load_state_dict(training["lanes"])
     trainer.state = _fit_lanes(MinLMState(**training["state"]), trainer.state)
     trainer.mixes_before = training["mixes"]
-    trainer.parts.tracker.load_state_dict(training["tracker"])
+    trainer.parts.fitness.load_state_dict(training["fitness"])
+    trainer.parts.heredity.values.update(training["genes"])
+    trainer.apply_hyperparameters()
     trainer.dice.setstate(training["dice"])
     torch.set_rng_state(training["torch_rng"])
     if trainer.parts.device.type == "cuda" and training["cuda_rng"] is not None:

@@ -17,11 +17,10 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.ranks import Identity
 from runtime.stderr import say
+from training.fitness import DESCRIPTIONS
 from training.metrics import MetricsFile
 from training.options import Options
 from training.succession import Launch, claim_launch, newest_launch
-
-FITNESS_KIND = "moving average of the training loss, nats per byte"
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class RunDirectory:
             "world_size": identity.world_size,
             "parameters": parameters,
             "model": model.to_dict(),
-            "fitness": FITNESS_KIND,
+            "fitness": DESCRIPTIONS[options.population.gossip_fitness],
             "options": options.to_dict(),
             "git": git_revision(),
             "versions": {"python": platform.python_version()}

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from gossip.decision import Policy
 from gossip.evolutionary_node import GossipConfig
 from gossip.network_utils import choose_address, listen
 from gossip.secret import VARIABLE, run_secret
+from gossip.state import Rule
 from mingru.minLM import MinLM, ModelConfig
 from mingru.scan import chosen_backend
 from mingru.sizing import parameter_count, resolve_config
@@ -25,9 +27,11 @@ from runtime.ranks import Identity
 from runtime.stderr import say
 from training.checkpoint import CheckpointError, CheckpointFile, list_checkpoints, read_for_use, read_own_checkpoint
 from training.data import Corpus, Region, find_files
+from training.heredity import Heredity
 from training.optimizer import TrainedWeights
 from training.options import Options, resolve_options
-from training.run_directory import FITNESS_KIND, RunDirectory
+from training.probe import affordable_windows
+from training.run_directory import RunDirectory
 from training.succession import resume_sources
 
 CONV_KERNEL_SIZE = 4  # as in the paper's language model
@@ -169,12 +173,18 @@ def run_identity(run: RunDirectory) -> str:
 
 def terms(options: Options, weights: TrainedWeights, corpus: Corpus) -> dict[str, Any]:
     """What both ends of an exchange must have in common, besides the tensors."""
+    population = options.population
     return {
         "optimizer": weights.family,
         "sf_beta": options.optimizer.sf_beta,
-        "fitness": FITNESS_KIND,
-        "merge_method": options.population.gossip_merge_method,
-        "recombination_alpha": options.population.gossip_recombination_alpha,
+        "fitness": population.gossip_fitness,
+        "merge_method": population.gossip_merge_method,
+        "recombination_alpha": population.gossip_recombination_alpha,
+        "tie": population.gossip_tie,
+        "significance": population.gossip_significance,
+        "least_effect": population.gossip_least_effect,
+        "wire_dtype": population.gossip_wire_dtype,
+        "evolve": ",".join(evolving(options)),
         "data": corpus.fingerprint,
     }
 
@@ -184,15 +194,56 @@ def gossip_config(options: Options) -> GossipConfig:
     population = options.population
     return GossipConfig(
         mixing_rate=population.gossip_mixing_rate,
-        merge_method=population.gossip_merge_method,
+        policy=Policy(
+            method=population.gossip_merge_method,
+            fitness=population.gossip_fitness,
+            tie=population.gossip_tie,
+            significance=population.gossip_significance,
+            least_effect=population.gossip_least_effect,
+        ),
+        wire_dtype=population.gossip_wire_dtype,
         recombination_alpha=population.gossip_recombination_alpha,
         rollback_tolerance=population.gossip_rollback,
-        peers=tuple(peer for text in population.gossip_peers for peer in text.split(",") if peer),
+        peers=_listed(population.gossip_peers),
         filesystem_coordinator=population.filesystem_coordinator,
         heartbeat_seconds=population.gossip_heartbeat,
         liveness_seconds=population.gossip_liveness,
         exchange_seconds=population.gossip_timeout,
     )
+
+
+def evolving(options: Options) -> tuple[str, ...]:
+    """The hyperparameters that evolve, by option name."""
+    return _listed(options.population.evolve)
+
+
+def heredity(options: Options, identity: Identity) -> Heredity:
+    """The rank's own values of them. Raises UserError for what cannot evolve."""
+    population = options.population
+    return Heredity(
+        evolving(options), options.optimizer, population.evolve_spread, population.mutation_scale,
+        identity.rank, identity.world_size,
+    )  # fmt: skip
+
+
+def gossip_state(options: Options, weights: TrainedWeights) -> dict[str, torch.Tensor]:
+    """The live tensors that travel: all, or without the second moments."""
+    whole = options.population.gossip_payload == "full"
+    return {k: v for k, v in weights.tensors().items() if whole or weights.rules[k] is not Rule.SECOND_MOMENT}
+
+
+def probe_windows(options: Options) -> int:
+    """Windows of the probe that --probe_budget allows, with one measurement every --probe_every steps and one at each
+    expected merge: a rank calls, and is called, with --gossip_mixing_rate."""
+    population, optimizer, data = options.population, options.optimizer, options.data
+    step_bytes = data.batch_size * data.chunk_size * optimizer.grad_accum
+    interval = 1 / (1 / population.probe_every + 2 * population.gossip_mixing_rate)
+    return affordable_windows(step_bytes, interval, population.probe_budget)
+
+
+def _listed(texts: list[str]) -> tuple[str, ...]:
+    """The words of space- or comma-separated lists."""
+    return tuple(word for text in texts for word in text.split(",") if word)
 
 
 def open_listener(options: Options, identity: Identity) -> socket.socket:
@@ -201,9 +252,9 @@ def open_listener(options: Options, identity: Identity) -> socket.socket:
     return listen(choose_address(options.population.gossip_host, identity), port + identity.local_rank if port else 0)
 
 
-def check_environment() -> None:
+def check_environment(device: torch.device) -> None:
     """Raise UserError for a variable that would be found wrong only once a run directory depends on it."""
-    chosen_backend()
+    chosen_backend(device.type)
     if VARIABLE in os.environ:
         run_secret(None, os.environ)
 

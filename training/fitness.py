@@ -1,0 +1,84 @@
+"""How fit this rank's weights are, and by what evidence: the probe's losses, or a moving average of training's."""
+
+import statistics
+import time
+from typing import Any
+
+from gossip.comparison import Evidence
+from gossip.fitness_tracker import FitnessTracker
+from training.probe import Probe
+
+DESCRIPTIONS = {
+    "probe": "loss of the averaged weights on the probe's windows, nats per byte",
+    "ema": "moving average of the training loss, nats per byte",
+}
+
+
+class Fitness:
+    """What this rank says of its weights, and when they are measured. All methods are for the training thread.
+
+    kind: of DESCRIPTIONS; every: steps between measurements. Weights that have changed hands are measured anew.
+    """
+
+    def __init__(self, kind: str, tracker: FitnessTracker, probe: Probe, every: int) -> None:
+        self.kind = kind
+        self.tracker = tracker
+        self.probe = probe
+        self.seconds = 0.0  # spent on the probe by this process
+        self._every = every
+        self._evidence: Evidence | None = None  # of the live weights
+        self._judged: Evidence | None = None  # of those that judge() saw last, live or not
+        self._best: float | None = None
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """The probe's losses of the live weights, at most `every` steps old; None where moving averages compare."""
+        return self._evidence
+
+    @property
+    def value(self) -> float | None:
+        """The fitness in nats per byte; None while it is not known for these weights."""
+        if self.kind == "ema":
+            return self.tracker.fitness
+        return None if self.evidence is None else statistics.fmean(self.evidence.losses)
+
+    @property
+    def best(self) -> float | None:
+        """The lowest fitness ever known."""
+        return self.tracker.best if self.kind == "ema" else self._best
+
+    def judge(self) -> float:
+        """The probe's loss of the live weights, measured now: by it a merge is judged."""
+        began = time.perf_counter()
+        loss, self._judged = self.probe.measure()
+        self.seconds += time.perf_counter() - began
+        return loss
+
+    def measure_if_due(self, step: int) -> None:
+        """Measure the probe, where it counts: every `every` steps, and where there is no evidence of these weights."""
+        if self.kind == "probe" and (self._evidence is None or step % self._every == 0):
+            self.judge()
+            self._take_evidence()
+
+    def replaced(self, judged: bool) -> None:
+        """The weights were changed by other means than training; judged: and judge() saw them last as they are now."""
+        self.tracker.reset()
+        self._evidence = None
+        if judged and self.kind == "probe":
+            self._take_evidence()
+
+    def _take_evidence(self) -> None:
+        """What judge() saw are the live weights."""
+        self._evidence = self._judged
+        value = self.value
+        if value is not None:
+            self._best = value if self._best is None else min(self._best, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What load_state_dict() restores; the probe is measured again."""
+        return {"tracker": self.tracker.state_dict(), "best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where state_dict() was taken."""
+        self.tracker.load_state_dict(state["tracker"])
+        self._best = state["best"]

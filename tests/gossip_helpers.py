@@ -254,7 +254,7 @@ class RawPeer:
         self.received += 1
         return decode_frame(kind, header, self.read(length + MAC_BYTES), self.session.receive_key)
 
-    def greet(self, mine):
+    def greet(self, mine, *policies):
         """HELLOs and DECISIONs; returns the peer's HELLO and the decision, or (Busy, None)."""
         if self.initiator:
             self.send(mine)
@@ -266,7 +266,7 @@ class RawPeer:
             self.send(mine)
         pair = (mine, theirs) if self.initiator else (theirs, mine)
         decision = self.receive(Decision)
-        assert decision in [decide(*pair, Policy(method)) for method in MERGE_METHODS]
+        assert decision in [decide(*pair, policy) for policy in policies or map(Policy, MERGE_METHODS)]
         self.send(decision)
         return theirs, decision
 

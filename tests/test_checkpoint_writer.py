@@ -214,7 +214,7 @@ def test_a_checkpoints_name_and_content_tell_the_loss_of_its_moment(run_train, m
         return finite
 
     monkeypatch.setattr(Trainer, "train_step", watched)
-    run_dir = run_train("run", "--train_steps", "14", *EVERY_4)
+    run_dir = run_train("run", "--train_steps", "14", "--gossip_fitness", "ema", *EVERY_4)
     first = list_checkpoints(run_dir)[0]
     assert first.step == 4 and first.loss == pytest.approx(fitness[4], abs=5e-5)
     assert read_own_checkpoint(first.path)["loss"] == fitness[4] != fitness[12]

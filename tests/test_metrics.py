@@ -1,10 +1,15 @@
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from training.metrics import COLUMNS, MetricsFile, RunLog, bits
+from gossip.event_log import EventLog
+from training.metrics import COLUMNS, MetricsFile, RunLog, bits, mix_line, report_line
+
+COUNTED = ("won", "lost", "averaged", "tied", "failed")
+LABELS = ("loss", "ema", "held-out", "bits/byte", "kB/s", *COUNTED)
 
 
 def rows(path) -> list[dict[str, str]]:
@@ -28,7 +33,8 @@ def test_metrics_have_the_documented_columns_and_na_for_what_is_missing(tmp_path
 
 def test_metrics_columns_are_in_their_order():
     assert COLUMNS[COLUMNS.index("failed") :] == (
-        "failed", "busy", "rolled_back", "lineage", "cpu_s", "bytes_sent", "bytes_received",
+        "failed", "busy", "rolled_back", "lineage", "cpu_s", "bytes_sent", "bytes_received", "probe_loss", "probe_s",
+        "distance", "base_lr", "weight_decay", "grad_clip",
     )  # fmt: skip
 
 
@@ -86,3 +92,52 @@ def test_run_log_on_a_full_disk_says_so_once_and_goes_on(capsys):
     assert log.lost == 2
     assert capsys.readouterr().err.count("cannot be written") == 1
     log.close()
+
+
+def test_run_log_of_a_new_run_keeps_an_earlier_one_of_its_name_apart(tmp_path):
+    path = tmp_path / "train_run_rank_0000.log"
+    for text in ("first", "second", "third"):
+        log = RunLog(path, echo=False)
+        log.begin_anew()
+        log.line(text)
+        log.close()
+    kept = {older.name: older.read_text().split()[-1] for older in tmp_path.iterdir()}
+    assert kept == {path.name: "third", f"{path.name}.1": "first", f"{path.name}.2": "second"}
+    log = RunLog(path, echo=False)  # a run that goes on
+    log.line("again")
+    log.close()
+    assert len(path.read_text().splitlines()) == 2 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_report_line_has_fixed_columns():
+    row = {"step": 10, "loss": math.log(2), "ema_loss": None, "bytes_per_s": 14_600.0, **dict.fromkeys(COUNTED, 0)}
+    bare = report_line(row)
+    full = report_line({**row, "step": 1_234_567, "ema_loss": 7.0, "val_loss": 0.5, "lost": 9999})
+    assert bare == (
+        "step       10  loss  1.0000  ema       -  held-out       - bits/byte       14.6 kB/s  "
+        "won    0  lost    0  averaged    0  tied    0  failed    0"
+    )
+    assert len(full) == len(bare) and [full.index(word) for word in LABELS] == [bare.index(word) for word in LABELS]
+
+
+def test_mix_line_says_what_moved_and_why_it_did_not():
+    assert mix_line("averaged", 500, 3, 2_200_000, 12.5, "ignored") == (
+        "step      500  averaged     rank    3        2.2 MB in    0.013 s"
+    )
+    assert mix_line("failed", None, "10.0.0.1:4000", None, None, "unreachable: no answer in 5 s") == (
+        "step        -  failed       10.0.0.1:4000  unreachable: no answer in 5 s"
+    )
+    assert mix_line("rolled_back", 7, 12, 1, 1.0, "0.7 before, 0.9 after").endswith("rank   12  0.7 before, 0.9 after")
+    assert mix_line("tied", 1, 2, 3, 4.0, "") is mix_line("busy", 1, 2, 3, 4.0, "") is None
+
+
+def test_run_log_tells_of_mixes_alone(tmp_path):
+    log = RunLog(tmp_path / "train.log", echo=False)
+    events = EventLog(tmp_path / "events.tsv", 0, tell=log.mix)
+    events.write("merged", 10, 1.0, "id", peer=2, nbytes=1000, milliseconds=5.0)
+    events.write("tied", 11, 1.0, "id", peer=2, message="fitness unknown")
+    events.write("non_finite", 12, message="about this rank alone, which tells of it itself")
+    log.close()
+    (line,) = (tmp_path / "train.log").read_text().splitlines()
+    assert re.fullmatch(r"\S+ \S+ step       10  merged       rank    2        0.0 MB in    0.005 s", line)
+    assert len((tmp_path / "events.tsv").read_text().splitlines()) == 4

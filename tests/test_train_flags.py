@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train
+from gossip.decision import Policy
 from gossip.filesystem_coordinator import Member, Roster
 from runtime.errors import UserError
 from tests.conftest import TINY
@@ -316,12 +317,16 @@ def test_gossip_flags_reach_the_node_and_the_tracker(run_train, monkeypatch):
     monkeypatch.setattr(train, "EvolutionaryNode", Node)
     flags = {
         "gossip_mixing_rate": 0.25, "gossip_recombination_alpha": 0.125, "gossip_timeout": 7.0,
-        "gossip_heartbeat": 0.5, "gossip_liveness": 3.0, "gossip_fitness_decay": 0.5,
+        "gossip_heartbeat": 0.5, "gossip_liveness": 3.0, "gossip_fitness_decay": 0.5, "gossip_fitness": "ema",
+        "gossip_tie": "none", "gossip_significance": 0.125, "gossip_least_effect": 0.25, "gossip_wire_dtype": "bf16",
     }  # fmt: skip
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     content = newest(run_train("run", "--train_steps", "3", "--gossip_merge_method", "clonal", *given, *QUIET))
     config = seen["config"]
-    assert (config.mixing_rate, config.recombination_alpha, config.merge_method) == (0.25, 0.125, "clonal")
+    assert (config.mixing_rate, config.recombination_alpha, config.policy) == (
+        0.25, 0.125, Policy("clonal", "ema", "none", 0.125, 0.25),
+    )  # fmt: skip
+    assert config.wire_dtype == "bf16"
     assert (config.exchange_seconds, config.heartbeat_seconds, config.liveness_seconds) == (7.0, 0.5, 3.0)
     losses = [row["loss"] for row in metrics_rows(run_train("rows", "--train_steps", "3", "--log_every", "1", *given,
                                                             "--gossip_merge_method", "clonal"))]  # fmt: skip

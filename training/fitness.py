@@ -75,10 +75,15 @@ class Fitness:
             self._best = value if self._best is None else min(self._best, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What load_state_dict() restores; the probe is measured again."""
-        return {"tracker": self.tracker.state_dict(), "best": self._best}
+        """What load_state_dict() restores."""
+        evidence = None if self._evidence is None else [self._evidence.probe, list(self._evidence.losses)]
+        return {"tracker": self.tracker.state_dict(), "best": self._best, "evidence": evidence}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where state_dict() was taken."""
+        """Continue where state_dict() was taken; a probe of other bytes or another size is measured again."""
         self.tracker.load_state_dict(state["tracker"])
         self._best = state["best"]
+        if self.kind == "probe" and state["evidence"] is not None:
+            probe, losses = state["evidence"]
+            if probe == self.probe.id and len(losses) == self.probe.windows:
+                self._evidence = Evidence(probe, tuple(losses))

@@ -6,8 +6,6 @@ another, all of the same length, with one byte 0x1e between them. Everything els
 
 import argparse
 import contextlib
-import math
-import mmap
 import os
 import secrets
 import sys
@@ -16,21 +14,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mingru.decoder import Decoder
 from mingru.minLM import MinLM, MinLMState
 from mingru.sampling import SamplingOptions, sample
-from runtime.arguments import ArgumentParser, normalise_flags, run_main
+from runtime.arguments import ArgumentParser, as_argument, normalise_flags, run_main
 from runtime.devices import choose_device
 from runtime.errors import UserError
 from training.checkpoint import load_for_use
 from training.options import parse_delimiter
+from training.scoring import CHUNK, advance, score
 
 SAMPLE_SEPARATOR = b"\x1e"
-CHUNK = 2048  # bytes a forward pass takes at once: bounds the memory of long prompts and files
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal, as shells report it
 
@@ -81,7 +77,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--cpu", action="store_true", help="run on the CPU")
     add("--dtype", choices=list(_DTYPES), default="float32", help="of weights and activations (default: %(default)s)")
     add(
-        "--document_delimiter", type=_delimiter, default=0x1E, metavar="N",
+        "--document_delimiter", type=as_argument(parse_delimiter), default=0x1E, metavar="N",
         help="byte at which a document ends, in hexadecimal, or none (default: 1e)",
     )  # fmt: skip
     add = parser.add_argument_group("prompt (default: standard input)").add_argument
@@ -138,7 +134,7 @@ def prefill(model: MinLM, prompt: bytes, delimiter: int | None) -> tuple[Tensor,
     ids_1T = torch.frombuffer(bytearray(prompt), dtype=torch.uint8).unsqueeze(0)
     state = None
     for ids_1C in ids_1T.split(CHUNK, dim=1):
-        logits_1CV, state = _advance(model, ids_1C, state, delimiter)
+        logits_1CV, state = advance(model, ids_1C, state, delimiter)
     if not logits_1CV[:, -1].isfinite().all():
         raise UserError("expected finite logits, got others: the model's weights are broken, or need a wider --dtype")
     return logits_1CV[:, -1], state
@@ -162,49 +158,8 @@ def decode(
         if left and decoder:
             logits_BV, state = decoder.step(ids_B, state, None if delimiter is None else ids_B == delimiter)
         elif left:
-            logits_B1V, state = _advance(model, ids_B.unsqueeze(1), state, delimiter)
+            logits_B1V, state = advance(model, ids_B.unsqueeze(1), state, delimiter)
             logits_BV = logits_B1V[:, 0]
-
-
-@torch.inference_mode()
-def score(model: MinLM, path: Path, delimiter: int | None) -> float:
-    """Mean bits per byte of a file's second to last byte, each given those before it in its document; UserError.
-
-    The first byte has nothing to be predicted from. A document ends with its delimiter, as in training.
-    """
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _score(model, content, delimiter)
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
-        raise UserError(f"expected a readable file of at least 2 bytes, got {path} ({error}): choose another") from None
-
-
-def _score(model: MinLM, content: mmap.mmap, delimiter: int | None) -> float:
-    targets = len(content) - 1
-    if targets < 1:
-        raise ValueError("a single byte")
-    nats, state = 0.0, None
-    with tqdm(total=targets, unit="B", unit_scale=True, disable=None) as progress:
-        for start in range(0, targets, CHUNK):
-            stop = min(start + CHUNK, targets)
-            ids_1S = torch.frombuffer(bytearray(content[start : stop + 1]), dtype=torch.uint8).unsqueeze(0)
-            logits_1TV, state = _advance(model, ids_1S[:, :-1], state, delimiter)
-            losses_T = F.cross_entropy(
-                logits_1TV[0].float(), ids_1S[0, 1:].long().to(logits_1TV.device), reduction="none"
-            )
-            nats += losses_T.double().sum().item()
-            progress.update(stop - start)
-    return nats / targets / math.log(2)
-
-
-def _advance(
-    model: MinLM, ids_BT: Tensor, state: MinLMState | None, delimiter: int | None
-) -> tuple[Tensor, MinLMState]:
-    """Feed bytes that are in host memory; a document starts at each delimiter among them, as in training."""
-    starts_BT = None if delimiter is None else ids_BT == delimiter
-    device = model.token_emb.weight.device
-    reset_BT = starts_BT.to(device) if starts_BT is not None and starts_BT.any() else None
-    return model(ids_BT.to(device), state, reset_BT)
 
 
 def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) -> int:
@@ -256,13 +211,6 @@ def write_to_files(prompt: bytes, continuation: Iterator[bytes], paths: list[Pat
 def _write(file: BinaryIO, content: bytes) -> None:
     file.write(content)
     file.flush()
-
-
-def _delimiter(text: str) -> int | None:
-    try:
-        return parse_delimiter(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _whole(minimum: int):

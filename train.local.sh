@@ -31,82 +31,28 @@ GOSSIP_HOST=${GOSSIP_HOST:-127.0.0.1}
 SAMPLE_PROMPT=${SAMPLE_PROMPT:-"def "}
 SAMPLE_BYTES=${SAMPLE_BYTES:-300}
 
-source runtime/venv.sh
-ensure_venv requirements.txt
-
-# given NAME ...: is one of these flags among the arguments? Leaves the last one's value in VALUE.
-given() {
-    local name argument previous= found=1
-    for argument in "${arguments[@]}"; do
-        for name in "$@"; do
-            case $previous in "$name") VALUE=$argument ;; esac
-            case $argument in
-            "$name") found=0 ;;
-            "$name="*) found=0 VALUE=${argument#*=} ;;
-            esac
-        done
-        previous=$argument
-    done
-    return "$found"
-}
-
 arguments=("$@")
-VALUE=
+source runtime/launching.sh
+ensure_venv requirements.txt
 if given --help -h; then
     exec "$VENV_PYTHON" train.py --help
 fi
-
-defaults=(--max_minutes "$MAX_MINUTES" --gossip_host "$GOSSIP_HOST")
-if given --resume; then # the rest is as the run was started
-    run_dir=$VALUE
-else
-    run_dir=runs/local_$(date +%Y%m%d_%H%M%S)
-    defaults+=(--output "$run_dir" --batch_size "$BATCH_SIZE" --chunk_size "$CHUNK_SIZE" --save_every "$SAVE_EVERY"
-        --val_every "$VAL_EVERY" --gossip_mixing_rate "$MIXING_RATE" --gossip_merge_method "$MERGE_METHOD")
-    if given --output; then run_dir=$VALUE; fi
-    # shellcheck disable=SC2206  # words, not one word
-    if ! given --params --dim --depth --init_from --init-from; then defaults+=($MODEL); fi
-    if ! given --data; then
-        if [ ! -e "$CORPUS" ]; then
-            "$VENV_PYTHON" prepare_data.py --python_stdlib --output "$CORPUS"
-        fi
-        defaults+=(--data "$CORPUS")
-    fi
-fi
+choose_run "runs/local_$(date +%Y%m%d_%H%M%S)"
 
 if [ -z "$RANKS" ]; then
     RANKS=$("$VENV_PYTHON" -c 'import torch; print(torch.cuda.device_count() or 4)')
 fi
-
-# The launcher gets a process group of its own: a signal then reaches it once, through this script.
-launcher=
-forward() {
-    if [ -n "$launcher" ]; then kill -s "$1" "$launcher" 2>/dev/null || true; fi
-}
-for signal in INT TERM HUP USR1; do
-    # shellcheck disable=SC2064  # the signal of this round
-    trap "forward $signal" "$signal"
-done
-set -m
-"$VENV_PYTHON" -m runtime.launch --ranks "$RANKS" ${THREADS_PER_RANK:+--threads_per_rank "$THREADS_PER_RANK"} \
-    -- train.py "${defaults[@]}" "$@" &
-launcher=$!
-set +m
-while kill -0 "$launcher" 2>/dev/null; do
-    wait "$launcher" || true # a signal ends this wait, but not the launcher
-done
-status=0
-wait "$launcher" || status=$?
-trap - INT TERM HUP USR1
+run_ranks --ranks "$RANKS" ${THREADS_PER_RANK:+--threads_per_rank "$THREADS_PER_RANK"} \
+    -- train.py --max_minutes "$MAX_MINUTES" --gossip_host "$GOSSIP_HOST" "${FLAGS[@]}" "$@"
 
 # 130, 143: who sends a second signal does not wait for a table.
-case $status in 130 | 143) exit "$status" ;; esac
-if [ "$status" -eq 2 ] && [ ! -e "$run_dir/latest.pt" ]; then exit 2; fi # nothing was trained
-"$VENV_PYTHON" watch.py "$run_dir" --once || status=$((status ? status : $?))
+case $STATUS in 130 | 143) exit "$STATUS" ;; esac
+if [ "$STATUS" -eq 2 ] && [ ! -e "$RUN_DIR/latest.pt" ]; then exit 2; fi # nothing was trained
+"$VENV_PYTHON" watch.py "$RUN_DIR" --once || STATUS=$((STATUS ? STATUS : $?))
 if [ -n "$SAMPLE_PROMPT" ]; then
     # A young model may well write control characters, which are not for a terminal.
-    "$VENV_PYTHON" generate.py --model "$run_dir" --prompt "$SAMPLE_PROMPT" --max_length "$SAMPLE_BYTES" |
-        LC_ALL=C tr -d '\000-\010\013-\037\177' || status=$((status ? status : $?))
+    "$VENV_PYTHON" generate.py --model "$RUN_DIR" --prompt "$SAMPLE_PROMPT" --max_length "$SAMPLE_BYTES" |
+        LC_ALL=C tr -d '\000-\010\013-\037\177' || STATUS=$((STATUS ? STATUS : $?))
     echo
 fi
-exit "$status"
+exit "$STATUS"

@@ -28,6 +28,7 @@ from runtime.stderr import say
 from training import setup
 from training.checkpoint import build_model, checkpoint_bytes
 from training.checkpoint_writer import CheckpointWriter
+from training.computation import check_compiler, choose_dtype, peak_flops
 from training.data import LaneReader
 from training.fitness import Fitness
 from training.loop import Parts, Trainer
@@ -51,6 +52,8 @@ def main(arguments: list[str]) -> int:
     population = setup.gossip_config(options)
     device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
     setup.check_environment(device)
+    dtype = choose_dtype(options.compute.dtype, device)
+    check_compiler(options.compute, device)
     held = run.lock() if goes_on else None
     resumed = setup.read_resumed(run, identity) if goes_on else None
     config = setup.choose_model(options, given, resumed)
@@ -131,6 +134,8 @@ def main(arguments: list[str]) -> int:
     )
     shares = ", ".join(f"{name} {value:.4g}" for name, value in heredity.values.items())
     log.line(f"{fitness.probe}" + (f"; evolves {shares}" if shares else ""), echo=is_first)
+    mfu = "no MFU: its peak is unknown" if peak_flops(device, dtype) is None else "MFU beside the rate"
+    log.line(f"computes in {str(dtype).removeprefix('torch.')} on {device}; {mfu}", echo=is_first)
     if (resumed and resumed.file.rank != identity.rank) or (not resumed and options.run.init_from):
         trainer.save("where it starts")  # what it came from lies elsewhere, and may go
     del resumed  # a whole state

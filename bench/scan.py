@@ -16,11 +16,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import logspace
+from mingru import scan_logspace
 from mingru.scan import scan
 
 SHAPES = ((4, 512, 768), (1, 2048, 1536), (8, 256, 384))
-FORMS: dict[str, Callable[[Tensor], Tensor]] = {"ours": lambda projected: scan(projected)[0], "peers": logspace.scan}
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ours": lambda projected: scan(projected)[0],
+    "peers": lambda projected: scan_logspace.scan(projected, None, None)[0],
+}
 
 
 def main() -> None:

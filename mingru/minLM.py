@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mingru.conv import CausalConv, Reach, reach
 from mingru.minGRU import minGRU
@@ -142,11 +143,15 @@ class Block(nn.Module):
 
 
 class MinLM(nn.Module):
-    """A byte-level language model of minGRU blocks, with the weights and the function of minGRU-pytorch's minLM."""
+    """A byte-level language model of minGRU blocks, with the weights and the function of minGRU-pytorch's minLM.
+
+    checkpoint_layers: keep of each block its inputs only, and compute the rest again in the backward pass.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_layers = False
         self.token_emb = nn.Embedding(config.num_tokens, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.dim)
@@ -168,7 +173,11 @@ class MinLM(nn.Module):
         for layer, block in enumerate(self.layers):
             hidden_BE = None if state is None else state.hidden[layer]
             past_BSD = None if state is None or state.conv is None else state.conv[layer]
-            x_BTD, hidden_BE, past_BSD = block(x_BTD, hidden_BE, past_BSD, reset_BT, reached)
+            inputs = x_BTD, hidden_BE, past_BSD, reset_BT, reached
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                x_BTD, hidden_BE, past_BSD = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x_BTD, hidden_BE, past_BSD = block(*inputs)
             hidden.append(hidden_BE)
             past.append(past_BSD)
         conv = None if kernel_size is None else torch.stack(past)

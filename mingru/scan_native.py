@@ -1,7 +1,6 @@
 """The recurrence by a C kernel, compiled when first used: float32 and bfloat16 on the CPU.
 
-Both passes are torch custom operators. Whatever the kernel cannot do (another device or dtype, no compiler) goes to the
-tiled loop.
+Whatever the kernel cannot do (another dtype, no compiler) goes to the tiled loop.
 """
 
 import functools
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mingru import scan_tiled
-from mingru.scan_reference import state_dtype
+from mingru.scan_operators import register
 from runtime.native import NativeUnavailable, load_kernels
 from runtime.stderr import say
 
@@ -36,18 +35,15 @@ def kernels() -> CDLL | None:
 
 
 def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See mingru.scan.scan; differentiable once."""
-    fits = projected_BT2E.device.type == "cpu" and projected_BT2E.dtype in _SUFFIXES
+    """See mingru.scan.scan; on a CPU, differentiable once."""
+    fits = projected_BT2E.dtype in _SUFFIXES
     return (scan_forward if fits else scan_tiled.scan)(projected_BT2E, prev_hidden_BE, reset_BT)
 
 
-@torch.library.custom_op("gruboros::scan_native_forward", mutates_args=(), device_types="cpu")
-def scan_forward(
-    projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """h_BTE in the input's dtype and the last h_BE in float32."""
     if kernels() is None:  # asked in here, where torch.compile does not look
-        return scan_tiled.scan_forward(projected_BT2E, prev_hidden_BE, reset_BT)
+        return scan_tiled.forward(projected_BT2E, prev_hidden_BE, reset_BT)
     B, T, E2 = projected_BT2E.shape
     projected_BT2E, first_BE, reset_BT = _ready(projected_BT2E), _state(prev_hidden_BE), _ready(reset_BT)
     h_BTE = projected_BT2E.new_empty(B, T, E2 // 2)
@@ -56,8 +52,7 @@ def scan_forward(
     return h_BTE, last_BE
 
 
-@torch.library.custom_op("gruboros::scan_native_backward", mutates_args=(), device_types="cpu")
-def scan_backward(
+def backward(
     grad_BTE: Tensor,
     grad_last_BE: Tensor,
     projected_BT2E: Tensor,
@@ -67,7 +62,7 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of projected_BT2E, in its dtype, and of the previous hidden state, in float32."""
     if kernels() is None:
-        return scan_tiled.scan_backward(grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT)
+        return scan_tiled.backward(grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT)
     projected_BT2E, first_BE, reset_BT = _ready(projected_BT2E), _state(prev_hidden_BE), _ready(reset_BT)
     grad_BTE, grad_last_BE = _ready(grad_BTE), _state(grad_last_BE)
     grad_projected_BT2E, grad_first_BE = torch.empty_like(projected_BT2E), torch.empty_like(grad_last_BE)
@@ -94,29 +89,4 @@ def _call(name: str, *tensors: Tensor | None, like: Tensor) -> None:
     getattr(library, f"{name}_{_SUFFIXES[like.dtype]}")(*addresses, B, T, E, block)
 
 
-@scan_forward.register_fake
-def _(projected_BT2E, prev_hidden_BE, reset_BT):
-    B, T, E2 = projected_BT2E.shape
-    last_BE = projected_BT2E.new_empty(B, E2 // 2, dtype=state_dtype(projected_BT2E))
-    return projected_BT2E.new_empty(B, T, E2 // 2), last_BE
-
-
-@scan_backward.register_fake
-def _(grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT):
-    return projected_BT2E.new_empty(projected_BT2E.shape), torch.empty_like(grad_last_BE)
-
-
-def _save(ctx, inputs, output) -> None:
-    projected_BT2E, prev_hidden_BE, reset_BT = inputs
-    ctx.save_for_backward(projected_BT2E, output[0], prev_hidden_BE, reset_BT)
-
-
-def _differentiate(ctx, grad_BTE, grad_last_BE):
-    projected_BT2E, h_BTE, prev_hidden_BE, reset_BT = ctx.saved_tensors
-    grad_projected_BT2E, grad_prev_BE = scan_backward(
-        grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT
-    )
-    return grad_projected_BT2E, None if prev_hidden_BE is None else grad_prev_BE.to(prev_hidden_BE.dtype), None
-
-
-scan_forward.register_autograd(_differentiate, setup_context=_save)
+scan_forward, scan_backward = register("native", forward, backward, device_types="cpu")

@@ -7,13 +7,13 @@ step runs the recurrence in place. The backward pass keeps only the inputs and h
     dx_t = G_t z_t g'(x_t)
     dk_t = G_t z_t (1 - z_t) (g(x_t) - h_{t-1})
 
-Both passes are torch custom operators, so that torch.compile takes each as one opaque node instead of unrolling the
-loop. Nothing here waits for the device.
+Nothing here waits for the device.
 """
 
 import torch
 from torch import Tensor
 
+from mingru.scan_operators import register
 from mingru.scan_reference import state_dtype
 
 TILE = 64  # steps: five float32 buffers of (64, 4, 768) are 4 MiB
@@ -24,10 +24,7 @@ def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor
     return scan_forward(projected_BT2E, prev_hidden_BE, reset_BT)
 
 
-@torch.library.custom_op("gruboros::scan_tiled_forward", mutates_args=())
-def scan_forward(
-    projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """h_BTE in the input's dtype and the last h_BE in the state's."""
     (B, T, E2), dtype = projected_BT2E.shape, state_dtype(projected_BT2E)
     x_TBE, k_TBE = projected_BT2E.transpose(0, 1).chunk(2, dim=-1)
@@ -57,8 +54,7 @@ def scan_forward(
     return h_BTE, last_BE
 
 
-@torch.library.custom_op("gruboros::scan_tiled_backward", mutates_args=())
-def scan_backward(
+def backward(
     grad_BTE: Tensor,
     grad_last_BE: Tensor,
     projected_BT2E: Tensor,
@@ -108,34 +104,6 @@ def scan_backward(
     return grad_projected_BT2E, later_carry_BE * later_BE
 
 
-@scan_forward.register_fake
-def _(projected_BT2E, prev_hidden_BE, reset_BT):
-    B, T, E2 = projected_BT2E.shape
-    last_BE = projected_BT2E.new_empty(B, E2 // 2, dtype=state_dtype(projected_BT2E))
-    return projected_BT2E.new_empty(B, T, E2 // 2), last_BE
-
-
-@scan_backward.register_fake
-def _(grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT):
-    return projected_BT2E.new_empty(projected_BT2E.shape), torch.empty_like(grad_last_BE)
-
-
-def _save(ctx, inputs, output) -> None:
-    projected_BT2E, prev_hidden_BE, reset_BT = inputs
-    ctx.save_for_backward(projected_BT2E, output[0], prev_hidden_BE, reset_BT)
-
-
-def _differentiate(ctx, grad_BTE, grad_last_BE):
-    projected_BT2E, h_BTE, prev_hidden_BE, reset_BT = ctx.saved_tensors
-    grad_projected_BT2E, grad_prev_BE = scan_backward(
-        grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT
-    )
-    return grad_projected_BT2E, None if prev_hidden_BE is None else grad_prev_BE.to(prev_hidden_BE.dtype), None
-
-
-scan_forward.register_autograd(_differentiate, setup_context=_save)
-
-
 def _candidate(x: Tensor, out: Tensor, low: Tensor) -> None:
     """out = g(x); low = sigmoid(min(x, 0)). Without torch.where, which runs unvectorised on a CPU."""
     torch.clamp(x, max=0, out=low).sigmoid_()  # 1/2 from zero on
@@ -145,3 +113,6 @@ def _candidate(x: Tensor, out: Tensor, low: Tensor) -> None:
 def _alive(reset_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Time-major factors of the carried state: 0 at a reset, else 1."""
     return None if reset_BT is None else reset_BT.t().logical_not().to(dtype).unsqueeze(-1)
+
+
+scan_forward, scan_backward = register("tiled", forward, backward)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from runtime.errors import UserError
 from runtime.stderr import say, settle
@@ -18,6 +18,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}: see --help")
+
+
+def as_argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of values that raises UserError, as argparse wants one: its words then follow the flag's name."""
+
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_argument
 
 
 def normalise_flags(argv: Sequence[str]) -> list[str]:

@@ -96,3 +96,13 @@ def replace_symlink(link: Path, target_name: str) -> None:
         os.unlink(temporary)
     os.symlink(target_name, temporary)
     os.replace(temporary, link)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file with something in it to the first of <name>.1, <name>.2, ... that is free. Raises OSError."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    number = 1
+    while (older := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(older)

@@ -7,9 +7,12 @@ reaches it at all. Rank 0 keeps the terminal; lines of the others come marked, a
 
 A rank that dies, by its own fault or killed, is started again alone after a pause, but not after status 2 (a user's
 mistake) nor once the launcher was asked to stop. One that dies again and again is given up, and the others go on.
+
+    srun python -m runtime.launch --task -- train.py --data corpus.txt --output run
+
+With --task the launcher keeps the one rank that the environment tells it to be: that of a task of Slurm.
 """
 
-import collections
 import math
 import os
 import queue
@@ -19,10 +22,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import BinaryIO
 
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.errors import UserError
+from runtime.locality import bound, parse_cores
+from runtime.ranks import Identity, identity_from_environment
+from runtime.relay import RepeatFilter, relay, write
 from runtime.supervise import LONGEST_PAUSE, Lives, RestartPolicy
 
 # What the launcher is sent -> what each rank is sent. A closed terminal asks the ranks to save and leave.
@@ -30,39 +35,36 @@ FORWARDED = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGUSR2: signal.SIGUSR2,
     signal.SIGHUP: signal.SIGTERM,
 }
-LONGEST_LINE = 64 * 1024  # bytes
-REMEMBERED_LINES = 4096
+# Depending on how a cluster tracks processes, Slurm's signals reach the launcher and its rank, or the launcher alone.
+# So a task's launcher passes on what a rank takes any number of times; Slurm itself ends who does not leave.
+FORWARDED_IN_TASK = {number: signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGUSR2 for number in FORWARDED}
 DRAIN_SECONDS = 5.0
 
 
-class RepeatFilter:
-    """Decides which lines of many ranks to show: the k-th time that a line comes is news once, whoever says it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._said: collections.OrderedDict[bytes, collections.Counter[int]] = collections.OrderedDict()
-
-    def is_news(self, rank: int, line: bytes) -> bool:
-        """True unless another rank already said `line` as often as `rank` has now. Any thread."""
-        with self._lock:
-            times = self._said.setdefault(line, collections.Counter())
-            self._said.move_to_end(line)
-            if len(self._said) > REMEMBERED_LINES:
-                self._said.popitem(last=False)
-            most = max(times.values(), default=0)
-            times[rank] += 1
-            return times[rank] > most
-
-
 class Launcher:
-    """`ranks` processes of one command, watched from the main thread until none runs and none is to start again."""
+    """A process of one command for each identity, watched from the main thread until none runs and none is to start.
 
-    def __init__(self, command: list[str], ranks: int, threads_per_rank: int, policy: RestartPolicy) -> None:
+    cores: those of each rank, in turns; empty: those of the launcher. forwarded: what is sent on, by what is received.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        identities: list[Identity],
+        threads_per_rank: int,
+        policy: RestartPolicy,
+        cores: list[set[int]] | None = None,
+        forwarded: dict[signal.Signals, signal.Signals] = FORWARDED,
+    ) -> None:
         self._command = command
+        self._identities = identities
         self._threads_per_rank = threads_per_rank
-        self._lives = [Lives(policy) for _ in range(ranks)]
+        self._cores = cores or [None]
+        self._forwarded = forwarded
+        self._lives = [Lives(policy) for _ in identities]
         self._running: dict[int, subprocess.Popen] = {}
         self._relays: list[threading.Thread] = []
         self._errors = RepeatFilter()
@@ -75,12 +77,12 @@ class Launcher:
         0 if every rank's last process exited with 0, 2 if any exited with 2, else that of the first rank to be lost
         (128 + signal).
         """
-        for number in FORWARDED:
+        for number in self._forwarded:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
             signal.signal(number, lambda received, _: self._events.put(signal.Signals(received)))
-        for rank in range(len(self._lives)):
-            self._start(rank)
+        for place in range(len(self._lives)):
+            self._start(place)
         while self._running or self._next_start() < math.inf:
             try:
                 event = self._events.get(timeout=self._seconds_to_wait())
@@ -88,11 +90,11 @@ class Launcher:
                 self._start_due()
                 continue
             if isinstance(event, signal.Signals):
-                self._forward(FORWARDED[event])
+                self._forward(self._forwarded[event])
             else:
                 self._reap(event)
-        for relay in self._relays:
-            relay.join(DRAIN_SECONDS)  # a process that a rank left behind may hold the pipe for ever
+        for thread in self._relays:
+            thread.join(DRAIN_SECONDS)  # a process that a rank left behind may hold the pipe for ever
         in_order = sorted(self._lives, key=lambda lives: lives.ended)
         return exit_status([lives.status for lives in in_order if lives.status != 0])
 
@@ -104,61 +106,62 @@ class Launcher:
         return None if seconds == math.inf else max(0.0, seconds)
 
     def _start_due(self) -> None:
-        for rank, lives in enumerate(self._lives):
+        for place, lives in enumerate(self._lives):
             if lives.due is not None and lives.due <= time.monotonic():
-                self._start(rank)
+                self._start(place)
 
-    def _start(self, rank: int) -> None:
-        pipe = None if rank == 0 else subprocess.PIPE
-        lives = self._lives[rank]
+    def _start(self, place: int) -> None:
+        pipe = None if place == 0 else subprocess.PIPE
+        rank, lives = self._identities[place].rank, self._lives[place]
         lives.begin()
-        told = rank_environment(rank, len(self._lives), self._threads_per_rank, lives.restarts)
+        told = rank_environment(self._identities[place], self._threads_per_rank, lives.restarts)
         try:
-            process = subprocess.Popen(
-                self._command,
-                env={**os.environ, **told},
-                stdin=subprocess.DEVNULL,
-                stdout=pipe,
-                stderr=pipe,
-                start_new_session=True,
-            )
+            with bound(self._cores[place % len(self._cores)]):
+                process = subprocess.Popen(
+                    self._command,
+                    env={**os.environ, **told},
+                    stdin=subprocess.DEVNULL,
+                    stdout=pipe,
+                    stderr=pipe,
+                    start_new_session=True,
+                )
         except OSError as error:
-            self._end(rank, 126, f"could not be started: {error}")
+            self._end(place, 126, f"could not be started: {error}")
             return
-        self._running[rank] = process
-        threading.Thread(target=self._wait, args=(rank, process.pid), daemon=True).start()
-        self._relays = [relay for relay in self._relays if relay.is_alive()]
+        self._running[place] = process
+        threading.Thread(target=self._wait, args=(place, process.pid), daemon=True).start()
+        self._relays = [thread for thread in self._relays if thread.is_alive()]
         for source, sink, news in ((process.stdout, 1, None), (process.stderr, 2, self._errors)):
             if source is not None:
-                relay = threading.Thread(target=_relay, args=(rank, source, sink, news), daemon=True)
-                relay.start()
-                self._relays.append(relay)
+                thread = threading.Thread(target=relay, args=(rank, source, sink, news), daemon=True)
+                thread.start()
+                self._relays.append(thread)
 
-    def _wait(self, rank: int, pid: int) -> None:
+    def _wait(self, place: int, pid: int) -> None:
         # WNOWAIT leaves the process to be reaped by the main thread, so that no signal goes to a recycled pid.
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        self._events.put(rank)
+        self._events.put(place)
 
     def _forward(self, number: signal.Signals) -> None:
         for process in self._running.values():
             os.kill(process.pid, number)
         if number == signal.SIGUSR1:
             return
-        for rank, lives in enumerate(self._lives):
+        for identity, lives in zip(self._identities, self._lives, strict=True):
             if lives.stop():
-                _write(2, b"rank %d: restart cancelled, asked to stop\n" % rank)
+                write(2, b"rank %d: restart cancelled, asked to stop\n" % identity.rank)
 
-    def _reap(self, rank: int) -> None:
-        status = self._running.pop(rank).wait()
+    def _reap(self, place: int) -> None:
+        status = self._running.pop(place).wait()
         if status >= 0:
-            self._end(rank, status, f"exited with status {status}")
+            self._end(place, status, f"exited with status {status}")
         else:
-            self._end(rank, 128 - status, f"was killed by {_signal_name(-status)}")
+            self._end(place, 128 - status, f"was killed by {_signal_name(-status)}")
 
-    def _end(self, rank: int, status: int, how: str) -> None:
-        outlook = self._lives[rank].end(status)
+    def _end(self, place: int, status: int, how: str) -> None:
+        outlook = self._lives[place].end(status)
         if status != 0:
-            _write(2, f"rank {rank} {how}{outlook}\n".encode())
+            write(2, f"rank {self._identities[place].rank} {how}{outlook}\n".encode())
 
 
 def main(arguments: list[str]) -> int:
@@ -166,10 +169,15 @@ def main(arguments: list[str]) -> int:
     own, command = _split_at_dashes(arguments)
     parser = ArgumentParser(
         prog="python -m runtime.launch",
-        usage="%(prog)s --ranks N [OPTION ...] -- SCRIPT.py [ARGUMENT ...]",
+        usage="%(prog)s (--ranks N | --task) [OPTION ...] -- SCRIPT.py [ARGUMENT ...]",
         description=__doc__.splitlines()[0],
     )
-    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="processes to start on this host")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--ranks", type=int, metavar="N", help="processes to start on this host")
+    who.add_argument("--task", action="store_true", help="one process: the rank that the environment tells of")
+    parser.add_argument(
+        "--cores", nargs="+", type=parse_cores, metavar="LIST", help="cores of each rank, as 0-7 8-15 (default: any)"
+    )
     parser.add_argument(
         "--threads_per_rank",
         type=int,
@@ -198,10 +206,11 @@ def main(arguments: list[str]) -> int:
         help=f"longest pause before a first restart, doubled at each up to {LONGEST_PAUSE:g} (default: %(default)g)",
     )
     options = parser.parse_args(normalise_flags(own))
-    threads = default_threads(options.ranks) if options.threads_per_rank is None else options.threads_per_rank
+    ranks = 1 if options.task else options.ranks
+    threads = default_threads(ranks) if options.threads_per_rank is None else options.threads_per_rank
     policy = RestartPolicy(options.max_restarts, options.healthy_seconds, options.restart_seconds)
     for name, value, least in (
-        ("--ranks", options.ranks, 1),
+        ("--ranks", ranks, 1),
         ("--threads_per_rank", threads, 1),
         ("--max_restarts", policy.max_restarts, 0),
         ("--healthy_seconds", policy.healthy_seconds, 0),
@@ -212,7 +221,11 @@ def main(arguments: list[str]) -> int:
     if not command or not Path(command[0]).is_file():
         got = repr(command[0]) if command else "nothing"
         raise UserError(f"expected a Python script after --, got {got}: check the path")
-    return Launcher([sys.executable, *command], options.ranks, threads, policy).run()
+    if options.task:
+        identities, forwarded = [identity_from_environment(os.environ)], FORWARDED_IN_TASK
+    else:
+        identities, forwarded = [Identity(rank, rank, ranks, ranks, "launcher") for rank in range(ranks)], FORWARDED
+    return Launcher([sys.executable, *command], identities, threads, policy, options.cores, forwarded).run()
 
 
 def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -236,16 +249,13 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def rank_environment(rank: int, ranks: int, threads_per_rank: int, restarts: int = 0) -> dict[str, str]:
-    """What tells a process who it is, in torchrun's names, when all ranks are on this host.
-
-    restarts: processes of this rank before it.
-    """
+def rank_environment(identity: Identity, threads_per_rank: int, restarts: int = 0) -> dict[str, str]:
+    """What tells a process who it is, in torchrun's names. restarts: processes of this rank before it."""
     return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
+        "RANK": str(identity.rank),
+        "LOCAL_RANK": str(identity.local_rank),
+        "WORLD_SIZE": str(identity.world_size),
+        "LOCAL_WORLD_SIZE": str(identity.local_world_size or ""),  # "": not known
         "TORCHELASTIC_RESTART_COUNT": str(restarts),
         "OMP_NUM_THREADS": str(threads_per_rank),
     }
@@ -254,22 +264,6 @@ def rank_environment(rank: int, ranks: int, threads_per_rank: int, restarts: int
 def exit_status(failures: list[int]) -> int:
     """One status for all, from those of the lost ranks in the order of their ends."""
     return 2 if 2 in failures else next(iter(failures), 0)
-
-
-def _relay(rank: int, source: BinaryIO, sink: int, news: RepeatFilter | None) -> None:
-    with source:
-        while line := source.readline(LONGEST_LINE):
-            line = line.rstrip(b"\r\n")
-            if news is None or news.is_news(rank, line):
-                _write(sink, b"[rank %d] %s\n" % (rank, line))
-
-
-def _write(sink: int, content: bytes) -> None:
-    # One write a line keeps lines whole. A reader who went away must not stop the draining of the ranks' pipes.
-    try:
-        os.write(sink, content)
-    except OSError:
-        return
 
 
 def _signal_name(number: int) -> str:

@@ -8,23 +8,29 @@ from types import FrameType
 class SignalFlags:
     """SIGTERM or SIGINT once: `stop` (save and leave); twice: leave now. SIGUSR1: `save` (and go on).
 
-    Install from the main thread. The second stop signal exits with 128 + its number without saving.
+    SIGUSR2: `stop`, however often it comes, and whatever came before: for who cannot know what was sent already.
+    Install from the main thread. The second SIGTERM or SIGINT exits with 128 + its number without saving.
     """
 
     def __init__(self) -> None:
         self.stop = False
         self.save = False
+        self._told = False
 
     def install(self) -> "SignalFlags":
-        """Take over SIGTERM, SIGINT and SIGUSR1 of this process."""
+        """Take over SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 of this process."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_save)
+        signal.signal(signal.SIGUSR2, self._on_leave)
         return self
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop:
+        if self._told:
             os._exit(128 + number)
+        self._told = self.stop = True
+
+    def _on_leave(self, number: int, frame: FrameType | None) -> None:
         self.stop = True
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:

@@ -9,10 +9,10 @@ ensure_venv() {
     if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
         make_venv || return
     fi
-    if ! cat requirements*.txt | cmp -s - "$stamp"; then
+    if ! cat "$requirements" requirements*.txt | cmp -s - "$stamp"; then
         echo "installing $requirements into .venv" >&2
         "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || return
-        cat requirements*.txt >"$stamp"
+        cat "$requirements" requirements*.txt >"$stamp"
     fi
 }
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import generate
 from mingru import MinLM, ModelConfig
 from mingru.sampling import SamplingOptions
+from training import scoring
 from training.checkpoint import checkpoint_name, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,10 +190,10 @@ def test_score_is_the_mean_loss_in_bits(run_dir, tmp_path, monkeypatch, capfd):
     with torch.no_grad():
         logits, _ = model(ids[:, :-1], None, ids[:, :-1] == 0x1E)
     expected = F.cross_entropy(logits[0], ids[0, 1:]).item() / math.log(2)
-    monkeypatch.setattr(generate, "CHUNK", 5)
+    monkeypatch.setattr(scoring, "CHUNK", 5)
     assert main("--model", run_dir, "--score", path) == 0
     assert capfd.readouterr().out == f"{expected:.4f} bits per byte\n"
-    assert generate.score(model, path, None) != pytest.approx(expected, rel=1e-6)
+    assert scoring.score(model, path, None) != pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("mingru", "gossip", "training", "runtime")
+PACKAGES = ("mingru", "gossip", "training", "runtime", "preparation")
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # Who may import whom, of the project's own: scripts -> training -> gossip, mingru -> runtime.
@@ -13,6 +13,7 @@ ALLOWED = {
     "mingru": {"mingru", "runtime"},
     "gossip": {"gossip", "runtime"},
     "training": {"training", "gossip", "mingru", "runtime"},
+    "preparation": {"preparation", "runtime"},
 }
 
 
@@ -46,7 +47,7 @@ def test_imports_run_one_way(package):
 
 
 def test_imports_no_script_is_imported():
-    assert {"train", "generate", "prepare_data", "watch"} <= set(SCRIPTS)
+    assert {"train", "generate", "prepare_data", "export", "watch"} <= set(SCRIPTS)
     for path in sorted(ROOT.glob("*.py")) + [path for package in PACKAGES for path in sources(package)]:
         assert not own_imports(path.read_text()) & set(SCRIPTS), path.relative_to(ROOT)
 

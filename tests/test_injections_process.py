@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pkgutil
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import re
 
 from bench.injection import Injection
 from gossip.protocol import Flow, SnapshotHeader

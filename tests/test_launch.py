@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from runtime.launch import RepeatFilter, default_threads, exit_status, rank_environment, usable_cores
+from runtime.launch import default_threads, exit_status, rank_environment, usable_cores
+from runtime.ranks import Identity, identity_from_environment
+from runtime.relay import RepeatFilter
 from tests.launch_helpers import LISTENER, ROOT, expect_lines, launcher
 
 
@@ -46,10 +48,9 @@ def test_default_threads_shares_the_cores(monkeypatch):
 
 
 def test_rank_environment_is_understood_by_ranks():
-    from runtime.ranks import Identity, identity_from_environment
-
-    assert identity_from_environment(rank_environment(2, 4, 1)) == Identity(2, 2, 4, 4, "environment", restarts=0)
-    assert identity_from_environment(rank_environment(2, 4, 1, restarts=3)).restarts == 3
+    identity = Identity(2, 1, 4, 2, "environment", restarts=0)
+    assert identity_from_environment(rank_environment(identity, 1)) == identity
+    assert identity_from_environment(rank_environment(identity, 1, restarts=3)).restarts == 3
 
 
 @pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
@@ -193,7 +194,7 @@ if os.environ["RANK"] == "1":
         (["--ranks", "2", "--restart_seconds", "nan", "--", __file__], "--restart_seconds of at least 0, got nan"),
         (["--ranks", "2", "--", "absent.py"], "script after --, got 'absent.py'"),
         (["--ranks", "2"], "script after --, got nothing"),
-        ([], "required: --ranks"),
+        ([], "--ranks --task is required"),
     ],
     ids=["no-ranks", "no-threads", "no-restarts", "no-pause", "no-file", "no-script", "nothing"],
 )

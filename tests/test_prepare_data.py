@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare_data
-from prepare_data import CorpusWriter, join, python_stdlib_files
+from preparation.joining import CorpusWriter, join
+from prepare_data import python_stdlib_files
 from runtime.errors import UserError
 
 
@@ -51,7 +52,8 @@ def test_prepare_data_order_is_the_seeds(tmp_path):
 def test_prepare_data_keeps_boundaries_inside_a_file_and_drops_empty_documents(tmp_path):
     (tmp_path / "joined").write_bytes(b"\x1eone\x1e\x1etwo\x1e")
     output = tmp_path / "corpus"
-    assert join([tmp_path / "joined", tmp_path / "joined"], output) == (15, 4)
+    tally = join([tmp_path / "joined", tmp_path / "joined"], output)
+    assert (tally.written, tally.documents, tally.delimiters, tally.empty) == (15, 4, 8, 0)
     assert output.read_bytes() == b"one\x1etwo\x1eone\x1etwo"
 
 
@@ -68,8 +70,8 @@ def test_corpus_writer_pieces_make_no_difference(files, max_bytes):
         writer.end_document()
     documents = [document for pieces in files for document in b"".join(pieces).split(b"\x1e") if document]
     assert sink.getvalue() == b"\x1e".join(documents)[:max_bytes]
-    assert writer.written == len(sink.getvalue())
-    assert writer.full == (writer.written == max_bytes)
+    assert writer.tally.written == len(sink.getvalue())
+    assert writer.full == (writer.tally.written == max_bytes)
 
 
 def test_prepare_data_max_bytes_cuts(folder, tmp_path):
@@ -106,8 +108,9 @@ def test_prepare_data_never_overwrites(folder, tmp_path):
         (["a.txt", "--max_bytes", "much"], "size such as"),
         (["a.txt", "--seed", "x"], "--seed"),
         (["a.txt", "--unheard_of"], "--unheard_of"),
+        (["a.txt", "--stats", "b.txt"], "expected --stats alone"),
     ],
-    ids=["none", "absent", "glob", "empty", "size", "seed", "flag"],
+    ids=["none", "absent", "glob", "empty", "size", "seed", "flag", "stats"],
 )
 def test_prepare_data_refuses_in_one_line_and_leaves_nothing(folder, tmp_path, inputs, said):
     script = Path(prepare_data.__file__)

@@ -187,8 +187,10 @@ def test_restart_is_not_for_a_rank_that_dies_when_asked_to_stop(launch, how):
 def test_restart_of_a_rank_that_could_not_be_started():
     source = """
 from runtime.launch import Launcher
+from runtime.ranks import Identity
 from runtime.supervise import RestartPolicy
-raise SystemExit(Launcher(["/absent/python"], 1, 1, RestartPolicy(max_restarts=1, restart_seconds=0.01)).run())
+policy = RestartPolicy(max_restarts=1, restart_seconds=0.01)
+raise SystemExit(Launcher(["/absent/python"], [Identity(0, 0, 1, 1, "launcher")], 1, policy).run())
 """
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 126

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mingru import scan_native, scan_reference, scan_tiled
+from mingru import scan_logspace, scan_native, scan_reference, scan_tiled
 from mingru.minGRU import minGRU
 from mingru.scan import BACKENDS, scan
 from runtime.errors import UserError
 
 SHAPES = [(2, 200, 500), (1, 64, 8), (3, 65, 7), (2, 63, 16), (4, 1, 32), (5, 2, 1)]
 TOLERANCE = 1e-5  # of the largest magnitude in the tensor
+LINEAR_SPACE = ("native", "reference", "tiled")
 
 
 def name(shape):
@@ -53,7 +54,7 @@ def assert_close(found, expected, tolerance=TOLERANCE):
         assert error <= tolerance, (key, float(error))
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+@pytest.fixture(params=LINEAR_SPACE)
 def backend(request, monkeypatch):
     monkeypatch.setenv("GRUBOROS_SCAN", request.param)
     return request.param
@@ -216,8 +217,36 @@ def test_scan_hands_on_what_is_not_finite(backend):
 
 def test_scan_refuses_an_unknown_backend(monkeypatch):
     monkeypatch.setenv("GRUBOROS_SCAN", "warp")
-    with pytest.raises(UserError, match=r"native, reference, tiled, got 'warp'"):
+    with pytest.raises(UserError, match=r"one of reference, logspace, tiled, .*got 'warp'"):
         scan(torch.zeros(1, 2, 4))
+
+
+def test_scan_refuses_a_backend_of_another_device(monkeypatch):
+    monkeypatch.setenv("GRUBOROS_SCAN", "native")
+    with pytest.raises(UserError, match="GRUBOROS_SCAN=native a cpu device, got meta"):
+        scan(torch.zeros(1, 2, 4, device="meta"))
+
+
+@pytest.mark.parametrize("prev", ["none", "given"])
+def test_scan_in_log_space_computes_the_same_function(monkeypatch, prev):
+    """To what its method allows: the error grows with time."""
+    monkeypatch.setenv("GRUBOROS_SCAN", "logspace")
+    inputs = make_inputs((2, 60, 9), prev=prev)
+    assert_close(run(scan, *inputs), run(scan_reference.scan, *inputs, dtype=torch.float64), tolerance=1e-3)
+    found = run(scan, *inputs, dtype=torch.float64)
+    assert_close(found, run(scan_reference.scan, *inputs, dtype=torch.float64), tolerance=1e-12)
+
+
+def test_scan_in_log_space_starts_from_zero_but_for_the_gradient_to_it():
+    projected, _, _, grads = make_inputs((2, 60, 9))
+    found = run(scan_logspace.scan, projected, torch.zeros(2, 9), None, grads)
+    assert not found.pop("grad_prev_hidden").isfinite().any()
+    assert_close(found, {k: v.double() for k, v in run(scan, projected, None, None, grads).items()}, tolerance=1e-3)
+
+
+def test_scan_in_log_space_refuses_a_reset():
+    with pytest.raises(UserError, match="cannot represent a reset"):
+        scan_logspace.scan(torch.zeros(1, 3, 4), None, torch.tensor([[False, True, False]]))
 
 
 def test_scan_uses_the_chosen_backend(monkeypatch):

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -5,14 +6,19 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import watch
 from gossip.filesystem_coordinator import FilesystemCoordinator
+from tests.synthetic_run import write_run
 from training.metrics import MetricsFile
-from watch import Onlooker, last_values, make_row
+from training.onlooker import Elite, Onlooker, View, liveness_seconds, make_row, read_elites
+from training.tail import TableTail
 
 SCRIPT = Path(watch.__file__)
 
@@ -44,6 +50,7 @@ class Run:
         return {
             "step": 1000 + rank, "fitness": 1.5 + rank, "best_fitness": math.log(2) * (1 + rank),
             "bytes_per_s": 12345.0, "won": 11, "lost": 22, "tied": 33, "failed": 44, "busy": 55, "rolled_back": 66,
+            "averaged": 77,
         }  # fmt: skip
 
     def beat(self, *ranks):
@@ -62,28 +69,90 @@ def run(tmp_path):
 
 
 def cells(output):
-    return [line.split() for line in output.splitlines() if line.split() and line.split()[0].isdigit()]
+    lines = [line.split() for line in output.splitlines()]
+    return [line for line in lines if len(line) > 1 and line[0].isdigit() and line[1] != "ranks"]
 
 
 def test_watch_once_prints_every_rank(run, capsys):
     for _ in range(3):
         run.beat()
     watch.main([str(run.path), "--once"])
-    rows = cells(capsys.readouterr().out)
-    assert rows[0] == ["0", "leads", "1.000", "0.693", "2.000", "1,000", "12.3", "11", "22", "66", "33", "44", "55"]
-    assert rows[1] == ["1", "running", "2.000", "1.386", "2.000", "1,001", "12.3", "11", "22", "66", "33", "44", "55"]
-    assert len(rows) == 3
+    printed = capsys.readouterr().out
+    rows = cells(printed)
+    numbers = ["11", "22", "77", "66", "33", "44", "55"]
+    assert rows[0][:8] == ["0", "leads", "█▁", "3.607", "1.000", "2.000", "1,000", "12.3"]
+    assert rows[1][:8] == ["1", "running", "█▁", "3.607", "2.000", "2.000", "1,001", "12.3"]
+    assert all(row[8].endswith("s") and row[9:] == numbers for row in rows) and len(rows) == 3
+    assert printed.startswith(
+        "3 ranks (3 running) · rank 0 leads · best 1.000 (rank 0), median 2.000 bits/byte · 37.0 kB/s in all\n"
+    )
 
 
-def test_watch_fits_80_columns_without_a_terminal(run):
+def table_lines(printed):
+    return [line for line in printed.splitlines() if line.split()[:1] in (["rank"], ["0"], ["1"], ["2"])]
+
+
+def test_watch_prints_plain_text_without_a_terminal(run):
     run.beat()
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
     done = subprocess.run(
         [sys.executable, SCRIPT, run.path, "--once"], stdin=subprocess.DEVNULL, capture_output=True, env=environment
     )
     assert done.returncode == 0 and done.stderr == b"" and b"\x1b" not in done.stdout
-    table = [line for line in done.stdout.decode().splitlines() if line.split()[:1] in (["rank"], ["0"], ["1"], ["2"])]
+    table = table_lines(done.stdout.decode())
+    assert len(table) == 4 and all(len(line) <= 120 and "…" not in line for line in table)
+
+
+def shown(run, width, **more):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(watch.screen(run.path, Onlooker(run.path).look(), width, **more))
+    return console.export_text()
+
+
+def test_watch_has_the_counts_that_fit_80_columns(run):
+    run.beat()
+    table = table_lines(shown(run, 80))
     assert len(table) == 4 and all(len(line) <= 80 and "…" not in line for line in table)
+    assert table[0].split()[-3:] == ["won", "lost", "failed"] and table[1].split()[-3:] == ["11", "22", "44"]
+
+
+def test_watch_says_that_the_files_do_not_answer(run):
+    run.beat()
+    assert "not answered" not in shown(run, 100, silence=5.0)
+    assert "have not answered for 2m" in shown(run, 100, silence=130.0)
+
+
+def test_watch_draws_while_a_look_hangs(run):
+    """A look that never ends holds up the reader's thread, not the screen and not Ctrl-C."""
+    hung, begun = threading.Event(), threading.Event()
+
+    class Hanging:
+        def look(self, seconds):
+            begun.set()
+            hung.wait()
+
+    reader = watch.Reader(Hanging())
+    drawn = []
+
+    class Screen(Console):
+        def print(self, *objects, **more):
+            begun.wait()
+            drawn.append(objects)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watch.follow(run.path, reader, Screen(file=io.StringIO(), force_terminal=True))
+    assert drawn and reader.is_alive()
+    hung.set()
+
+
+def test_watch_raises_what_ended_its_reader(run):
+    class Broken:
+        def look(self, seconds):
+            raise RuntimeError("a mistake in here")
+
+    with pytest.raises(RuntimeError, match="a mistake in here"):
+        watch.follow(run.path, watch.Reader(Broken()), Console(file=io.StringIO()))
 
 
 def test_watch_says_who_is_silent_and_who_left(run):
@@ -92,7 +161,7 @@ def test_watch_says_who_is_silent_and_who_left(run):
     run.leave(2)
     for _ in range(20):
         run.beat(0)
-    assert [row.state for row in Onlooker(run.path).look()] == ["leads", "silent", "left"]
+    assert [row.state for row in Onlooker(run.path).look().rows] == ["leads", "silent", "left"]
 
 
 def test_watch_notices_that_nobody_moves_any_more(run, monkeypatch):
@@ -101,20 +170,20 @@ def test_watch_notices_that_nobody_moves_any_more(run, monkeypatch):
     for _ in range(3):
         run.beat()
     onlooker = Onlooker(run.path)
-    assert [row.state for row in onlooker.look()] == ["leads", "running", "running"]
+    assert [row.state for row in onlooker.look().rows] == ["leads", "running", "running"]
     clock.now += 29.0
     run.beat(0, 1)
-    assert [row.state for row in onlooker.look()] == ["leads", "running", "running"]
+    assert [row.state for row in onlooker.look().rows] == ["leads", "running", "running"]
     clock.now += 2.0
-    assert [row.state for row in onlooker.look()] == ["leads", "running", "silent"]
+    assert [row.state for row in onlooker.look().rows] == ["leads", "running", "silent"]
     clock.now += 30.0
-    assert [row.state for row in onlooker.look()] == ["silent"] * 3
+    assert [row.state for row in onlooker.look().rows] == ["silent"] * 3
 
 
 def test_watch_takes_the_liveness_of_the_run(run, tmp_path):
-    assert watch.liveness_seconds(run.path) == 30.0
+    assert liveness_seconds(run.path) == 30.0
     (run.path / "config.json").write_text(json.dumps({"options": {"population": {"gossip_liveness": 7}}}))
-    assert watch.liveness_seconds(run.path) == 7.0
+    assert liveness_seconds(run.path) == 7.0
 
 
 def read_until(terminal, word):
@@ -162,7 +231,7 @@ def test_watch_reads_metrics_alone_where_there_is_no_registry(run, capsys):
     for path in (run.path / "population").iterdir():
         path.unlink()
     watch.main([str(run.path), "--once"])
-    assert cells(capsys.readouterr().out)[0] == ["0", "unknown", "3.607", "2.500", "2.000", "210", *"-------"]
+    assert cells(capsys.readouterr().out)[0] == ["0", "unknown", "█▁", "3.607", "3.607", "2.000", "210", *"---------"]
 
 
 def test_watch_survives_torn_files(run):
@@ -171,7 +240,7 @@ def test_watch_survives_torn_files(run):
     (run.path / "population" / "ranking.json").write_text("{")
     with open(run.path / "metrics" / "rank_0000.tsv", "a") as file:
         file.write("0\t220\t1")
-    rows = Onlooker(run.path).look()
+    rows = Onlooker(run.path).look().rows
     assert [(row.rank, row.state) for row in rows] == [(0, "running"), (1, "unknown"), (2, "running")]
     assert rows[0].held_out == pytest.approx(2 * math.log(2), rel=1e-4)
 
@@ -181,10 +250,111 @@ def test_watch_refuses_a_folder_without_a_run(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: expected a run directory")
 
 
-def test_last_values_reads_the_end_of_a_long_file_only(tmp_path):
+def test_table_tail_reads_the_end_of_a_long_file_and_then_what_is_added(tmp_path):
     path = tmp_path / "rank_0000.tsv"
+    tail = TableTail(path)
+    assert tail.read() == []
     path.write_text("step\tval_loss\n1\t9.0\n" + "".join(f"{step}\tNA\n" for step in range(2, 20001)))
-    assert last_values(path) == {"step": 20000.0}
+    rows = tail.read()
+    assert 5000 < len(rows) < 20000 and rows[-1] == {"step": "20000", "val_loss": "NA"}
+    with open(path, "a") as file:
+        file.write("20001\t1.0\ncut\n20002\t2")
+    assert tail.read() == [{"step": "20001", "val_loss": "1.0"}]
+    with open(path, "a") as file:
+        file.write(".5\n")
+    assert tail.read() == [{"step": "20002", "val_loss": "2.5"}]
+    assert tail.read() == []
+
+
+def test_table_tail_meets_a_replaced_file_anew(tmp_path):
+    path = tmp_path / "rank_0000.tsv"
+    path.write_text("step\n1\n2\n3\n")
+    tail = TableTail(path)
+    assert [row["step"] for row in tail.read()] == ["1", "2", "3"]
+    (tmp_path / "new").write_text("step\tloss\n1\t0.5\n2\t0.4\n")
+    os.replace(tmp_path / "new", path)
+    assert tail.read() == [{"step": "1", "loss": "0.5"}, {"step": "2", "loss": "0.4"}]
+
+
+def test_onlooker_counts_the_flow_of_the_last_minutes(tmp_path):
+    run_dir = write_run(tmp_path / "runs" / "made_up", ranks=3, steps=4000, mixes=60)
+    view = Onlooker(run_dir).look()
+    rows = [row for path in (tmp_path / "runs" / "gossip_logs").iterdir() for row in TableTail(path).read()]
+    newest = max(datetime.fromisoformat(row["timestamp"].replace("Z", "+00:00")) for row in rows)
+    assert view.flow_until == newest and newest.tzinfo == timezone.utc
+    merged = [row for row in rows if row["event"] == "merged"]
+    late = [row for row in merged if (newest - stamp(row)).total_seconds() < 300]
+    assert 0 < len(late) < len(merged) and sum(view.flow.values()) == len(late)
+    one = late[0]
+    assert view.flow[int(one["peer"]), int(one["rank"])] == sum(
+        (row["peer"], row["rank"]) == (one["peer"], one["rank"]) for row in late
+    )
+
+
+def stamp(row):
+    return datetime.fromisoformat(row["timestamp"].replace("Z", "+00:00"))
+
+
+def test_onlooker_reads_tables_over_several_looks_where_time_is_short(run):
+    onlooker = Onlooker(run.path)
+    run.beat()
+    known = [sum(row.held_out is not None for row in onlooker.look(0.0).rows) for _ in range(4)]
+    assert known == [1, 2, 3, 3]
+
+
+def test_onlooker_needs_the_leaders_fold_alone_of_many_ranks(tmp_path, monkeypatch):
+    run = Run(tmp_path / "many", 40)
+    run.beat()
+    run.beat()
+    onlooker = Onlooker(run.path)
+    assert len(onlooker.look().rows) == 40
+    read = []
+    monkeypatch.setattr("training.onlooker.read_entry", lambda rank, path: read.append(rank))
+    run.beat()
+    assert len(onlooker.look().rows) == 40 and read == []
+
+
+def test_elites_are_read_from_their_links(tmp_path):
+    (tmp_path / "elite_02.pt").symlink_to("checkpoint_rank_0001_step_000500_loss_1.2500.pt")
+    (tmp_path / "elite_01.pt").symlink_to("checkpoint_rank_0012_step_1000000_loss_NA.pt")
+    (tmp_path / "elite_03.pt").write_text("no link")
+    elites = read_elites(tmp_path)
+    assert elites == (Elite(12, 1000000, None), Elite(1, 500, 1.25))
+    lines = watch.elite_lines(View((), elites, {}, None, False))
+    assert lines == ["elites: rank 12 step 1,000,000, rank 1 step 500 (1.803)"]
+
+
+def test_flow_lines_name_the_greatest_givers_first():
+    flow = {(0, 1): 2, (3, 2): 9, (3, 0): 1}
+    when = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
+    lines = watch.flow_lines(View((), (), flow, when, False))
+    assert lines == [
+        "weights merged in the 5 minutes to 03:04:05 UTC: 12", "     3 → 2 ×9, 0", "     0 → 1 ×2",
+    ]  # fmt: skip
+    many = {(sender, (sender + offset) % 512): 1 for sender in range(512) for offset in range(1, 9)}
+    lines = watch.flow_lines(View((), (), many, when, False))
+    assert len(lines) == 8 and lines[1].endswith("and 2 more") and lines[-1] == "  and from 506 more ranks"
+    assert watch.flow_lines(View((), (), {}, None, False)) == []
+
+
+def test_sparkline_goes_from_the_highest_to_the_lowest():
+    assert watch.sparkline(()) == "-"
+    assert watch.sparkline((1.0, 1.0)) == "▁▁"
+    assert watch.sparkline(tuple(float(x) for x in range(1000, 0, -1))) == "█▇▆▆▅▄▃▃▂▁"
+
+
+def test_age_has_four_characters_at_most():
+    assert [watch.age(s) for s in (0, 99.4, 100, 5999, 6001, 359_000, 8e8)] == [
+        "0s", "99s", "2m", "100m", "2h", "100h", "9259d",
+    ]  # fmt: skip
+
+
+def test_choose_keeps_the_best_the_silent_and_the_worst_of_many():
+    states = {300: "silent"}
+    rows = tuple(make_row(n, states.get(n, "running"), {"best_fitness": 1 + n / 512}, {}) for n in range(512))
+    chosen = watch.choose(rows, 20)
+    assert [row.rank for row in chosen] == [*range(15), 508, 509, 510, 511, 300]
+    assert watch.choose(rows[:20], 20) == rows[:20]
 
 
 def test_make_row_ignores_values_that_are_no_numbers():

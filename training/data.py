@@ -154,6 +154,7 @@ class LaneReader:
         self.chunk_size = chunk_size
         lanes = world_size * batch_size
         place_in_part = np.random.default_rng((seed, rank)).random(batch_size)
+        self._ahead: tuple[np.ndarray, Chunk] | None = None  # a chunk read ahead, and the positions it was read at
         parts = rank * batch_size + np.arange(batch_size)
         self.positions = ((parts + place_in_part) / lanes * len(region)).astype(np.int64) % len(region)
         # A region that ends inside a document: its start must not continue that document.
@@ -163,13 +164,24 @@ class LaneReader:
 
     def next_chunk(self) -> Chunk:
         """The next chunk of every lane; `positions` then counts it as consumed."""
+        self.prefetch()
+        _, chunk = self._ahead
+        self._ahead = None
+        self.positions = (self.positions + self.chunk_size) % len(self.region)
+        return chunk
+
+    def prefetch(self) -> None:
+        """Read the chunk that next_chunk will return, if that is not done; `positions` stays."""
+        if self._ahead is None or not np.array_equal(self._ahead[0], self.positions):
+            self._ahead = self.positions.copy(), self._read()
+
+    def _read(self) -> Chunk:
         ids_BS = np.stack([self.region.read_around(int(p), self.chunk_size + 1) for p in self.positions])
         reset_BT = document_starts(ids_BS[:, :-1], self.region.corpus.delimiter)
         if self._fresh_start:
             to_start = (-self.positions) % len(self.region)
             for lane in np.flatnonzero(to_start < self.chunk_size):
                 reset_BT[lane, to_start[lane] :: len(self.region)] = True
-        self.positions = (self.positions + self.chunk_size) % len(self.region)
         return Chunk(ids_BS, reset_BT)
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from gossip.state import Schema
 from mingru.minLM import MinLM, MinLMState
 from runtime.signals import SignalFlags
 from training.checkpoint_writer import CheckpointWriter, Moment, Saved
+from training.computation import choose_dtype, flops_per_byte, peak_flops, training_pass
 from training.data import LaneReader, Region, validation_chunks
 from training.fitness import Fitness
 from training.heredity import Heredity
@@ -82,6 +83,7 @@ class Trainer:
         self.options = parts.options
         self.model = parts.model
         self.weights = parts.weights
+        self.forward = training_pass(parts.model, parts.options.compute, parts.device)
         self.state: MinLMState = parts.model.initial_state(parts.options.data.batch_size)
         self.totals = Totals()
         self.dice = random.Random(f"{parts.options.optimizer.seed} {parts.run.rank}")
@@ -95,6 +97,8 @@ class Trainer:
         self._rejuvenation = Rejuvenation(self)
         self.saved_step: int | None = None
         self._save_due = False
+        self._flops_per_byte = flops_per_byte(parts.model)
+        self._peak_flops = peak_flops(parts.device, choose_dtype(parts.options.compute.dtype, parts.device))
 
     def train_step(self) -> bool:
         """One optimizer step over --grad_accum chunks; not applied, and False, if loss or gradients are not finite."""
@@ -103,15 +107,18 @@ class Trainer:
         state, total = self.state, 0.0
         for _ in range(chunks):
             chunk = self.parts.lanes.next_chunk()
-            loss, state = chunk_loss(self.model, chunk, state, self.parts.device)
+            loss, state = chunk_loss(self.forward, chunk, state, self.parts.device)
             (loss / chunks).backward()
             state = state.detach()
             total = total + loss.detach()
             self.totals.bytes_seen += chunk.reset_BT.size
             self.totals.documents += int(chunk.reset_BT.sum())
         clip = self.hyperparameter("grad_clip") or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
-        loss = float(total) / chunks
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.parts.lanes.prefetch()  # while a GPU still computes
+        # The step's one wait for the device: nothing is applied that is not finite, and fitness follows each loss.
+        total, grad_norm = torch.stack((total, norm)).tolist()
+        loss = total / chunks
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             self.before_write()
@@ -309,8 +316,14 @@ class Trainer:
             self.parts.metrics.append(row)
         except OSError as error:
             self.event("metrics_failed", f"{error.strerror or error}; training goes on")
-        self.parts.log.line(report_line(row))
+        self.parts.log.line(report_line(row) + self._mfu())
         self.val_loss = None
+
+    def _mfu(self) -> str:
+        """Model FLOPs utilisation, for the log; nothing on a device whose peak is not known."""
+        if self._peak_flops is None:
+            return ""
+        return f"  MFU {self.bytes_per_s * self._flops_per_byte / self._peak_flops:.1%}"
 
     def _line(self, text: str) -> None:
         self.parts.log.line(f"step {self.totals.step:>8}  {text}")

@@ -157,6 +157,18 @@ class OptimizerOptions:
 
 
 @dataclass
+class ComputeOptions:
+    """computation"""
+
+    dtype: str = _option("fp32", "of matrix products and what lies between them (weights and gradients are float32): "
+                         "bf16, fp32, or auto: bf16 on a GPU that has it",
+                         choices=("bf16", "fp32", "auto"))  # fmt: skip
+    compile: bool = _option(False, "compile the training pass with torch.compile: a slower start, faster steps")
+    checkpoint_layers: bool = _option(False, "keep only each layer's input for the backward pass and compute the rest "
+                                      "again: less memory, about a third more time")  # fmt: skip
+
+
+@dataclass
 class RunOptions:
     """run"""
 
@@ -242,6 +254,7 @@ class Options:
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
     run: RunOptions = field(default_factory=RunOptions)
     population: PopulationOptions = field(default_factory=PopulationOptions)
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -129,6 +130,7 @@ class RunDirectory:
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in ("torch", "numpy", "schedulefree", "blake3")},
             "host": socket.gethostname(),
+            "working_directory": os.getcwd(),  # where logs/ and gossip_logs/ are
             "device": device,
         }
         atomic_write(self.config, json.dumps(content, indent=2) + "\n")

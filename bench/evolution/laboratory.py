@@ -1,0 +1,103 @@
+"""Which trials are to be run, and running them: one file each, so that what is finished is never run again."""
+
+import concurrent.futures
+import json
+import multiprocessing
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.evolution.policy import Arm
+from bench.evolution.real import run_real
+from bench.evolution.trial import Setting, run_trial, trial_key
+from runtime.errors import UserError
+from runtime.files import atomic_write
+from training.data import Corpus, find_files
+from training.options import DataOptions
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trial and the file that its result goes to. real: of processes over TCP, else simulated."""
+
+    setting: Setting
+    arm: Arm
+    seed: int
+    path: Path
+    real: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.arm.label} seed {self.seed}"
+
+
+def tasks_of(
+    setting: Setting, arms: Sequence[Arm], seeds: Sequence[int], output: Path, real: bool = False
+) -> list[Task]:
+    """All trials in the order to run them in: the first seed of every arm, then the second."""
+    tasks = []
+    for seed in seeds:
+        for arm in arms:
+            word = re.sub(r"[^a-zA-Z0-9.=,]", "-", arm.label)
+            name = f"{'real_' if real else ''}{word}_{trial_key(setting, arm)}_seed{seed}.json"
+            tasks.append(Task(setting, arm, seed, output / name, real))
+    return tasks
+
+
+def run_tasks(tasks: Iterable[Task], data: Path, device: torch.device, jobs: int, say: Callable[[str], None]) -> int:
+    """Run what has no result yet, `jobs` at a time in processes of one thread each; how many trials failed.
+
+    jobs 1: in this process, with its threads. A trial that fails is told of, and the others go on.
+    """
+    waiting = [task for task in tasks if not task.path.exists()]
+    say(f"{len(waiting)} trials to run")
+    failed = 0
+    with _executor(jobs) as pool:
+        futures = {pool.submit(perform, task, data, device): task for task in waiting}
+        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            task, error = futures[future], future.exception()
+            if error is not None:
+                failed += 1
+                say(f"{number}/{len(waiting)} {task} failed: {error!r}")
+            else:
+                result = future.result()
+                say(f"{number}/{len(waiting)} {task}: {result['loss']:.4f} nats/byte, {result['cpu_s']:.0f} CPU-s")
+    return failed
+
+
+def _executor(jobs: int) -> concurrent.futures.Executor:
+    if jobs == 1:
+        return concurrent.futures.ThreadPoolExecutor(1)
+    return concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+
+def perform(task: Task, data: Path, device: torch.device) -> dict:
+    """Run one trial and write its result; where another laboratory has finished it meanwhile, that stands."""
+    if task.path.exists():
+        return json.loads(task.path.read_text())
+    corpus = open_corpus(data)
+    if task.real:
+        result = run_real(task.setting, task.arm, task.seed, data, corpus)
+    else:
+        result = run_trial(task.setting, task.arm, task.seed, corpus, device)
+    atomic_write(task.path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def open_corpus(data: Path) -> Corpus:
+    """A file's bytes, with train.py's own delimiter. Raises UserError."""
+    return Corpus(find_files([str(data)]), DataOptions().document_delimiter)
+
+
+def read_results(path: Path) -> list[dict]:
+    """Results in a folder of them, or in one file that holds several. Raises UserError."""
+    try:
+        if path.is_dir():
+            return [json.loads(file.read_text()) for file in sorted(path.glob("*_seed*.json"))]
+        return json.loads(path.read_text())["results"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"expected results in {path}, got {error}: check the path") from None

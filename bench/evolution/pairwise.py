@@ -1,0 +1,202 @@
+"""Arms in which a replica now and then meets another: the population's own merge and comparison, without a network.
+
+Each step each replica calls, with chance p, another drawn at random, as ranks do. Nothing is stale here and nobody is
+busy; what is left out so is measured with --real.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+from bench.evolution.policy import Policy, require
+from bench.evolution.replica import Replica, weights_only
+from gossip.decision import Policy as Decider
+from gossip.decision import decide
+from gossip.fitness_tracker import FitnessTracker
+from gossip.merge import merge_judged
+from gossip.protocol import Flow, Hello
+from gossip.state import StateBuffer
+from gossip.wire_format import WIRE_DTYPES
+from training.fitness import Fitness
+from training.probe import Probe
+
+
+@dataclass
+class Meeting(Policy):
+    """Two replicas meet. p: chance a step that a replica calls; payload: full, or weights (no second moments); wire:
+    fp32, or bf16 (rounded to nearest); rollback: nats per byte by which a merge may make the receiver worse on its
+    probe (inf: not judged).
+    """
+
+    p: float = 0.02
+    payload: str = "full"
+    wire: str = "fp32"
+    rollback: float = math.inf
+
+    def __post_init__(self) -> None:
+        require(0 <= self.p <= 1, "p", "a chance from 0 to 1", self.p)
+        require(self.payload in ("full", "weights"), "payload", "full or weights", self.payload)
+        require(self.wire in WIRE_DTYPES, "wire", " or ".join(WIRE_DTYPES), self.wire)
+
+    def begin(self, replicas: list[Replica], dice: random.Random) -> None:
+        super().begin(replicas, dice)
+        self._whole = [StateBuffer(replicas[0].schema) for _ in range(2)]
+        self._sent = replicas[0].schema if self.payload == "full" else weights_only(replicas[0].schema)
+
+    def after_step(self, step: int) -> None:
+        for caller in self.replicas:
+            if self.dice.random() < self.p and len(self.replicas) > 1:
+                self.meet(caller, self.dice.choice([other for other in self.replicas if other is not caller]))
+
+    def meet(self, caller: Replica, called: Replica) -> None:
+        """Decide whose weights travel, and let them."""
+        raise NotImplementedError
+
+    def both_average(self, first: Replica, second: Replica) -> None:
+        """Each takes the mean of both."""
+        for replica, buffer in zip((first, second), self._whole, strict=True):
+            self._snapshot(replica, buffer)
+        self._receive(first, self._whole[1], "average", 0.5)
+        self._receive(second, self._whole[0], "average", 0.5)
+        self.counts["averaged"] += 1
+
+    def send(self, winner: Replica, loser: Replica, method: str, alpha: float) -> bool:
+        """The winner's weights flow into the loser; whether they stayed there."""
+        self._snapshot(winner, self._whole[0])
+        kept = self._receive(loser, self._whole[0], method, alpha)
+        if kept and method == "clonal":
+            loser.weights.load_scalars(self._scalars_for(loser, winner))
+        self.counts["won"] += 1
+        return kept
+
+    def _scalars_for(self, loser: Replica, winner: Replica) -> dict[str, float]:
+        """The winner's counters, but what counts second moments stays with them."""
+        scalars, counter = winner.weights.scalars(), loser.weights.moments_counter
+        return scalars if self.payload == "full" else scalars | {counter: loser.weights.scalars()[counter]}
+
+    def _snapshot(self, replica: Replica, buffer: StateBuffer) -> None:
+        copied = buffer.copy_from(replica.live)
+        if copied is not None:
+            copied.synchronize()
+        if self.wire == "bf16":
+            for view in buffer.views.values():
+                view.copy_(view.bfloat16())
+        replica.sent += self._sent.nbytes // (2 if self.wire == "bf16" else 1)
+
+    def _receive(self, replica: Replica, buffer: StateBuffer, method: str, alpha: float) -> bool:
+        judge = None if math.isinf(self.rollback) else replica.fitness.judge
+        trial = merge_judged(replica.live, self._sent, buffer.views, None, method, alpha, judge, self.rollback)
+        if trial.kept:
+            replica.merges += 1
+            replica.replaced(judged=judge is not None)
+        else:
+            replica.rolled_back += 1
+        return trial.kept
+
+
+@dataclass
+class PairMean(Meeting):
+    """Both take the mean, whoever is better."""
+
+    def meet(self, caller: Replica, called: Replica) -> None:
+        self.both_average(caller, called)
+
+
+@dataclass
+class Selection(Meeting):
+    """A winner's weights flow into a loser. method: recombination (with alpha), or clonal. evolve: lr, and the loser
+    inherits the winner's learning rate, mutated log-normally by mutation_scale; none, and it keeps its own.
+    """
+
+    method: str = "recombination"
+    alpha: float = 0.5
+    evolve: str = "none"
+    mutation_scale: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.method in ("recombination", "clonal"), "method", "recombination or clonal", self.method)
+        require(0 <= self.alpha <= 1, "alpha", "a share from 0 to 1", self.alpha)
+        require(self.evolve in ("none", "lr"), "evolve", "none or lr", self.evolve)
+
+    def win(self, winner: Replica, loser: Replica) -> None:
+        """The winner's weights, and if so wanted its learning rate, go to the loser."""
+        kept = self.send(winner, loser, self.method, self.alpha)
+        if kept and self.evolve == "lr":
+            loser.inherit(winner, self.dice)
+
+
+@dataclass
+class OneWay(Selection):
+    """The better one wins, by however little. winner: by the probe, measured on the spot; by the ema of the training
+    loss, as the tracker knows it; or at random.
+    """
+
+    winner: str = "probe"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.winner in ("probe", "ema", "random"), "winner", "probe, ema or random", self.winner)
+
+    def meet(self, caller: Replica, called: Replica) -> None:
+        losses = [self._loss(caller), self._loss(called)]
+        if None in losses:
+            self.counts["unknown"] += 1
+        elif losses[0] < losses[1]:
+            self.win(caller, called)
+        else:
+            self.win(called, caller)
+
+    def _loss(self, replica: Replica) -> float | None:
+        if self.winner == "random":
+            return self.dice.random()
+        return replica.fitness.judge() if self.winner == "probe" else replica.fitness.value
+
+
+@dataclass
+class Ours(Selection):
+    """As ranks decide, by gossip.decision: a paired test on the probe, measured every probe_every steps. A clear
+    winner's weights flow into the loser; where none is clear, tie: average (both take the mean) or none.
+    """
+
+    rollback: float = 0.1
+    significance: float = Decider.significance
+    least_effect: float = Decider.least_effect
+    tie: str = "average"
+    probe_every: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.probe_every >= 1, "probe_every", "at least 1 step", self.probe_every)
+        self._decider = Decider(self.method, "probe", self.tie, self.significance, self.least_effect)
+
+    def fitness_of(self, tracker: FitnessTracker, probe: Probe) -> Fitness:
+        return Fitness("probe", tracker, probe, self.probe_every)
+
+    def after_step(self, step: int) -> None:
+        for replica in self.replicas:
+            replica.fitness.measure_if_due(step)
+        super().after_step(step)
+
+    def meet(self, caller: Replica, called: Replica) -> None:
+        for replica in (caller, called):
+            replica.looks += 1
+        decision = decide(_hello(caller), _hello(called), self._decider)
+        if decision.flow is Flow.BOTH:
+            self.both_average(caller, called)
+        elif decision.flow is Flow.NONE:
+            self.counts[decision.reason.partition(":")[0]] += 1
+        elif decision.flow is Flow.INITIATOR_SENDS:
+            self.win(caller, called)
+        else:
+            self.win(called, caller)
+
+
+def _hello(replica: Replica) -> Hello:
+    """What a rank would say of itself; all have trained equally long."""
+    evidence = replica.fitness.evidence
+    return Hello(
+        run_id="laboratory", schema_hash="0" * 64, rank=replica.rank, incarnation=f"{replica.rank:032x}", step=0,
+        generation=0, lineage=0, fitness=None, accepts=True, probe=evidence.probe if evidence else None,
+        losses=evidence.losses if evidence else (), looks=replica.looks,
+    )  # fmt: skip

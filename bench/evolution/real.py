@@ -1,0 +1,118 @@
+"""The same arms as real processes: train.py under the launcher, over TCP, so that staleness and busy peers count."""
+
+import csv
+import dataclasses
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench.evidence import newest_whole
+from bench.evolution.pairwise import Meeting, Ours, PairMean
+from bench.evolution.policy import Arm, Conditions, Policy, Solo
+from bench.evolution.replica import held_out_loss, ring_bytes
+from bench.evolution.trial import LANE_CHUNK, LANES, Setting
+from bench.population import ROOT, Population
+from runtime.errors import UserError
+from training.checkpoint import load_for_use
+from training.data import Corpus, validation_chunks
+from training.probe import split_probe
+
+POLL_SECONDS = 0.5
+
+
+def run_real(setting: Setting, arm: Arm, seed: int, data: Path, corpus: Corpus) -> dict:
+    """Train one population on the CPU to the end of its steps and measure its last checkpoints, as run_trial() does.
+
+    Raises UserError where an arm has no flags that say it; RuntimeError with the ranks' words if one of them failed.
+    """
+    ranks = arm.conditions.replicas or setting.replicas
+    flags = flags_of(setting, arm, seed)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        flags += ["--data", str(data.resolve())]
+        with Population("real", Path(folder), ranks, ROOT / "train.py", flags) as population:
+            while not population.ended():
+                time.sleep(POLL_SECONDS)
+            population.stop()
+        if population.status != 0:
+            raise RuntimeError(f"status {population.status}: {population.output[-2000:]}")
+        seconds = time.perf_counter() - began
+        losses = [_loss(population, rank, setting, corpus) for rank in range(ranks)]
+        sent = [_bytes_sent(population, rank) for rank in range(ranks)]
+        parameters = _parameters(population)
+    all_reduce = ring_bytes(4 * parameters, ranks) * setting.steps
+    return {
+        "arm": f"{arm.label} over TCP",
+        "seed": seed,
+        "setting": dataclasses.asdict(setting),
+        "options": arm.in_full(),
+        "ranks": ranks,
+        "parameters": parameters,
+        "loss": statistics.fmean(losses),
+        "losses": losses,
+        "best": min(losses),
+        "bytes_sent": statistics.fmean(sent),
+        "bytes_over_ddp": statistics.fmean(sent) / all_reduce if all_reduce else 0.0,
+        "wall_s": seconds,
+        "cpu_s": population.cpu_seconds,
+        "device": "cpu",
+    }
+
+
+def flags_of(setting: Setting, arm: Arm, seed: int) -> list[str]:
+    """train.py's flags for an arm, but --data and --output. Raises UserError."""
+    policy, conditions = arm.policy(), arm.conditions
+    plain = dataclasses.replace(conditions, replicas=0, lr=1.0) == Conditions()
+    if not isinstance(policy, Solo | PairMean | Ours) or not plain:
+        raise UserError(f"expected with --real solo, pair_mean or ours under replicas and lr alone, got {arm.label}: "
+                        "leave it out")  # fmt: skip
+    values = {
+        "train_steps": setting.steps, "seed": seed, "val_fraction": setting.val_fraction, "dim": setting.dim,
+        "depth": setting.depth, "ff_mult": setting.ff_mult, "batch_size": setting.batch_size,
+        "chunk_size": setting.chunk_size, "lr": setting.lr * conditions.lr, "weight_decay": setting.weight_decay,
+        "warmup_steps": setting.warmup_steps, "val_every": 0, "save_every": 10 * setting.steps, "log_every": 1,
+        "gossip_host": "127.0.0.1", "gossip_heartbeat": 0.5,  # so that ranks know each other soon
+    } | _gossip(policy)  # fmt: skip
+    return ["--cpu", *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
+
+
+def _gossip(policy: Policy) -> dict[str, str | float]:
+    if not isinstance(policy, Meeting):
+        return {"gossip_mixing_rate": 0}
+    flags = {
+        "gossip_mixing_rate": policy.p, "gossip_payload": policy.payload, "gossip_wire_dtype": policy.wire,
+        "gossip_rollback": "none" if math.isinf(policy.rollback) else policy.rollback,
+    }  # fmt: skip
+    if not isinstance(policy, Ours):
+        return flags | {"gossip_merge_method": "average"}
+    return flags | {
+        "gossip_merge_method": policy.method, "gossip_recombination_alpha": policy.alpha, "gossip_fitness": "probe",
+        "gossip_tie": policy.tie, "gossip_significance": policy.significance,
+        "gossip_least_effect": policy.least_effect, "probe_every": policy.probe_every,
+    }  # fmt: skip
+
+
+def _loss(population: Population, rank: int, setting: Setting, corpus: Corpus) -> float:
+    file = newest_whole(population.run_dir, rank)
+    if file is None or file.step != setting.steps:
+        raise RuntimeError(f"rank {rank} left no checkpoint of step {setting.steps}: {population.output[-2000:]}")
+    device = torch.device("cpu")
+    model = load_for_use(file.path, device)[0]
+    _, measured = split_probe(*corpus.split(setting.val_fraction))
+    chunks = list(validation_chunks(measured, LANES, LANE_CHUNK, len(measured)))
+    return held_out_loss(model, dict(model.named_parameters()), chunks, device)
+
+
+def _parameters(population: Population) -> int:
+    model = load_for_use(newest_whole(population.run_dir, 0).path, torch.device("cpu"))[0]
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bytes_sent(population: Population, rank: int) -> int:
+    """All bytes that the rank put on the wire, handshakes and refused calls included, as its metrics last said."""
+    with open(population.run_dir / "metrics" / f"rank_{rank:04d}.tsv", newline="") as file:
+        return int(list(csv.DictReader(file, delimiter="\t"))[-1]["bytes_sent"])

@@ -1,0 +1,109 @@
+"""Results as a table, a combined file and a plot."""
+
+import shutil
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from bench.evolution.intervals import Interval, interval, paired
+
+PLOT = Path(__file__).with_name("plot.R")
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm over its seeds. loss: mean over the replicas; best: of the best one; over_mean and over_best: the loss
+    against the named arm's mean and best replica at the same seeds, None for want of common ones; bytes: over those of
+    DDP's fp32 all-reduce.
+    """
+
+    arm: str
+    ranks: int
+    loss: Interval
+    best: Interval
+    over_mean: Interval | None
+    over_best: Interval | None
+    bytes: float
+    cpu_s: float
+
+
+def rows_of(results: Sequence[dict], against: str) -> list[Row]:
+    """One row an arm and number of ranks, the lowest loss first; results: of one setting. against: an arm's label,
+    of as many ranks.
+    """
+    by_arm: dict[tuple[str, int], dict[int, dict]] = defaultdict(dict)
+    for result in results:
+        by_arm[result["arm"], result["ranks"]][result["seed"]] = result
+    rows = []
+    for (arm, ranks), seeds in by_arm.items():
+        loss = {seed: result["loss"] for seed, result in seeds.items()}
+        reference = by_arm.get((against, ranks)) or next((of for (n, _), of in by_arm.items() if n == against), {})
+        rows.append(Row(
+            arm, ranks,
+            interval(list(loss.values())),
+            interval([result["best"] for result in seeds.values()]),
+            paired(loss, {seed: result["loss"] for seed, result in reference.items()}),
+            paired(loss, {seed: result["best"] for seed, result in reference.items()}),
+            sum(result["bytes_over_ddp"] for result in seeds.values()) / len(seeds),
+            sum(result["cpu_s"] for result in seeds.values()) / len(seeds),
+        ))  # fmt: skip
+    return sorted(rows, key=lambda row: row.loss.mean)
+
+
+def by_setting(results: Sequence[dict]) -> dict[str, list[dict]]:
+    """Results that may be compared with each other, under a text that names what they share."""
+    groups = defaultdict(list)
+    for result in results:
+        groups[", ".join(f"{name} {value}" for name, value in result["setting"].items())].append(result)
+    return groups
+
+
+def table_of(rows: Sequence[Row], against: str) -> Table:
+    """For a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, caption="nats per byte, held-out, of the averaged weights; ± half of a 95 % "
+                  "t-interval over seeds; bytes over DDP's ring all-reduce of gradients")  # fmt: skip
+    for name in ("arm", "ranks", "seeds", "loss", "best replica", f"- {against}", f"- best of {against}",
+                 "bytes, fp32", "bf16", "CPU min"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for row in rows:
+        table.add_row(
+            row.arm, str(row.ranks), str(row.loss.count), str(row.loss), str(row.best), _signed(row.over_mean),
+            _signed(row.over_best), f"{row.bytes:.3g}", f"{2 * row.bytes:.3g}", f"{row.cpu_s / 60:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _signed(difference: Interval | None) -> str:
+    return "" if difference is None else ("" if difference.mean < 0 else "+") + str(difference)
+
+
+def markdown_of(rows: Sequence[Row], against: str) -> str:
+    """The same, for a document."""
+    lines = [f"| arm | seeds | loss | best replica | - {against} | - best of {against} | bytes, fp32 | bf16 |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        name = row.arm if row.ranks == 4 else f"{row.arm}, {row.ranks} ranks"
+        lines.append(
+            f"| {name} | {row.loss.count} | {row.loss} | {row.best} | {_signed(row.over_mean)} | "
+            f"{_signed(row.over_best)} | {row.bytes:.3g} | {2 * row.bytes:.3g} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], path: Path) -> str | None:
+    """Draw bytes against loss into `path` (.svg, .pdf, .png); what was wrong, None if nothing was."""
+    if shutil.which("Rscript") is None:
+        return "no plot: Rscript is not installed"
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.tsv"
+        lines = ["arm\tbytes\tloss\thalf\tseeds"]
+        lines += [f"{r.arm}\t{r.bytes}\t{r.loss.mean}\t{r.loss.half}\t{r.loss.count}" for r in rows]
+        data.write_text("\n".join(lines) + "\n")
+        done = subprocess.run(["Rscript", str(PLOT), str(data), str(path)], capture_output=True, text=True)
+    return f"no plot: {done.stderr.strip().splitlines()[-1]}" if done.returncode else None

@@ -1,0 +1,122 @@
+"""Arms in which all replicas act at the same step: DDP, averages of all, DiLoCo, NoLoCo.
+
+Weights here are all sequences that training moves: y and z of schedule-free AdamW, on which an average or an outer step
+acts alike, hence on x too.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bench.evolution.policy import Policy, require
+from bench.evolution.replica import Replica, ring_bytes, weights_only
+
+
+@dataclass
+class Ddp(Policy):
+    """One model on the mean gradient of all ranks, every step; fp32 gradients by ring all-reduce."""
+
+    one_model: ClassVar[bool] = True
+
+
+@dataclass
+class Periodic(Policy):
+    """Something that all replicas do together every `every` steps."""
+
+    every: int = 50
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "every", "at least 1 step", self.every)
+
+    def after_step(self, step: int) -> None:
+        if step % self.every == 0 and len(self.replicas) > 1:
+            self.act()
+            self.counts["rounds"] += 1
+            for replica in self.replicas:
+                replica.replaced()
+
+    def act(self) -> None:
+        """Change the weights of all replicas, and account for what they sent."""
+        raise NotImplementedError
+
+
+@dataclass
+class MeanAll(Periodic):
+    """Every replica moves by `share` to the mean of all, second moments too (PAPA: every 10, share .01)."""
+
+    share: float = 1.0
+
+    @torch.no_grad()
+    def act(self) -> None:
+        for name in self.replicas[0].live:
+            mean = torch.stack([replica.live[name] for replica in self.replicas]).mean(0)
+            for replica in self.replicas:
+                replica.live[name].lerp_(mean, self.share)
+        for replica in self.replicas:
+            replica.sent += ring_bytes(replica.schema.nbytes, len(self.replicas))
+
+
+@dataclass
+class DiLoCo(Periodic):
+    """Outer Nesterov momentum on the mean displacement of all (arXiv 2311.08105); second moments stay local."""
+
+    outer_lr: float = 0.7
+    momentum: float = 0.9
+
+    def begin(self, replicas: list[Replica], dice: random.Random) -> None:
+        super().begin(replicas, dice)
+        self._outer = {name: tensor.clone() for name, tensor in replicas[0].trained().items()}
+        self._optimizer = torch.optim.SGD(
+            self._outer.values(), lr=self.outer_lr, momentum=self.momentum, nesterov=self.momentum > 0
+        )
+
+    @torch.no_grad()
+    def act(self) -> None:
+        for name, outer in self._outer.items():
+            outer.grad = outer - torch.stack([replica.live[name] for replica in self.replicas]).mean(0)
+        self._optimizer.step()
+        for replica in self.replicas:
+            for name, outer in self._outer.items():
+                replica.live[name].copy_(outer)
+            replica.sent += ring_bytes(weights_only(replica.schema).nbytes, len(self.replicas))
+
+
+@dataclass
+class NoLoCo(Periodic):
+    """Random pairs instead of all (arXiv 2506.10911): with slow weights phi, fast ones theta and d = theta - phi,
+    m <- momentum m + outer_lr mean(d) + pull (mean(phi) - phi), phi <- phi + m, theta <- phi; means over the pair.
+    """
+
+    outer_lr: float = 0.7
+    momentum: float = 0.5
+    pull: float = 0.7
+
+    def begin(self, replicas: list[Replica], dice: random.Random) -> None:
+        super().begin(replicas, dice)
+        self._slow = [{name: tensor.clone() for name, tensor in replica.trained().items()} for replica in replicas]
+        self._velocity = [{name: torch.zeros_like(t) for name, t in slow.items()} for slow in self._slow]
+
+    @torch.no_grad()
+    def act(self) -> None:
+        order = list(range(len(self.replicas)))
+        self.dice.shuffle(order)
+        pairs = [order[first : first + 2] for first in range(0, len(order), 2)]  # the last one alone, of an odd number
+        for pair in pairs:
+            for name in self._slow[0]:
+                self._step(pair, name)
+            for rank in pair if len(pair) > 1 else ():
+                self.replicas[rank].sent += 2 * weights_only(self.replicas[rank].schema).nbytes  # phi and theta
+
+    def _step(self, pair: list[int], name: str) -> None:
+        slow = torch.stack([self._slow[rank][name] for rank in pair])
+        fast = torch.stack([self.replicas[rank].live[name] for rank in pair])
+        moved, middle = (fast - slow).mean(0), slow.mean(0)
+        for rank in pair:
+            phi: Tensor = self._slow[rank][name]
+            velocity = self._velocity[rank][name]
+            velocity.mul_(self.momentum).add_(moved, alpha=self.outer_lr).add_(middle - phi, alpha=self.pull)
+            phi.add_(velocity)
+            self.replicas[rank].live[name].copy_(phi)

@@ -1,0 +1,155 @@
+"""Says whether this machine's GPUs are fit to train on: called by check_gpus.sh, which sees to the environment."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from mingru.scan import scan
+from mingru.scan_reference import scan as reference_scan
+from runtime.arguments import ArgumentParser, normalise_flags, run_main
+
+ROOT = Path(__file__).resolve().parent
+NVIDIA = ("nvidia-smi", "--query-gpu=index,name,driver_version,memory.total,memory.used", "--format=csv,noheader")
+AMD = ("rocm-smi", "--showproductname", "--showdriverversion", "--showmeminfo", "vram", "--csv")
+TOLERANCE = 1e-3  # of a product of 512 terms in float32, for reduced-precision matrix units too
+LEAST_FREE = 20 * 2**30  # bytes: a checkpoint of a model of 1g parameters is 16 GiB
+TINY = (
+    "--cpu --dim 16 --depth 1 --batch_size 2 --chunk_size 32 --val_every 0 --train_steps 100 "
+    "--gossip_mixing_rate 0.3 --gossip_heartbeat 0.1 --data train.txt --output run"
+).split()
+FOREIGN = ("SLURM_", "GRUBOROS_", "TORCHELASTIC_")  # what tells a process who it is, and a secret
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns 0: GPUs that work, 3: none, and all else works, 1: something failed."""
+    parser = ArgumentParser(prog="./check_gpus.sh", description=__doc__.splitlines()[0])
+    scratch = os.environ.get("TMPDIR", "/tmp")
+    parser.add_argument("--scratch", default=scratch, metavar="DIR", help="where temporary files go (%(default)s)")
+    parser.add_argument("--output", default=".", metavar="DIR", help="where runs go (default: here)")
+    parser.add_argument("--gossip_host", default="127.0.0.1", metavar="X", help="address or interface of the ranks")
+    parser.add_argument("--no_ranks", action="store_true", help="leave out the two ranks that are to meet")
+    options = parser.parse_args(normalise_flags(argv))
+
+    failures: list[str] = []
+
+    def attempt(what: str, check: Callable[[], str]) -> None:
+        # Whatever goes wrong in one check is its finding; the others are still made.
+        try:
+            print(f"{what}: {check()}", flush=True)
+        except Exception as error:
+            failures.append(what)
+            print(f"{what}: FAILED: {str(error).strip() or type(error).__name__}", flush=True)
+
+    kind, listed = list_devices()
+    for line in listed:
+        print(f"{kind}: {line}")
+    attempt("torch", lambda: torch_build(kind))
+    seen = torch.cuda.device_count()
+    for number in range(seen):
+        device = torch.device("cuda", number)
+        attempt(f"device {number}, {torch.cuda.get_device_name(number)}", lambda device=device: compute(device))
+    attempt("cpu", lambda: compute(torch.device("cpu")))
+    attempt(f"scratch {options.scratch}", lambda: free_space(Path(options.scratch)))
+    attempt(f"output {options.output}", lambda: free_space(Path(options.output)))
+    if not options.no_ranks:
+        attempt(f"two ranks at {options.gossip_host}", lambda: ranks_meet(options.gossip_host))
+
+    if failures:
+        print(f"failed: {', '.join(failures)}")
+        return 1
+    if seen:
+        print(f"ok: {seen} {kind} GPU{'s' if seen > 1 else ''} fit to train on")
+        return 0
+    print("ok: no GPU here; training works on the CPU: ./train.local.sh")
+    return 3
+
+
+def list_devices() -> tuple[str, list[str]]:
+    """Whose GPUs the driver's own tool lists, "NVIDIA", "AMD" or "none", and its lines."""
+    for kind, command in (("NVIDIA", NVIDIA), ("AMD", AMD)):
+        if shutil.which(command[0]) is None:
+            continue
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            return kind, [f"{command[0]} failed: {(done.stderr or done.stdout).strip()}"]
+        return kind, [line for line in done.stdout.splitlines() if line.strip()]
+    return "none", ["neither nvidia-smi nor rocm-smi is here"]
+
+
+def torch_build(kind: str) -> str:
+    """Torch's version and what it was built for. Raises ValueError where that does not go with the driver."""
+    built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    if not (torch.version.hip or torch.version.cuda):
+        built = "the CPU alone"
+    said = f"{torch.__version__}, built for {built}, sees {torch.cuda.device_count()} GPUs"
+    if kind == "none" or (torch.cuda.is_available() and (kind == "AMD") == bool(torch.version.hip)):
+        return said
+    if kind == "AMD":
+        raise ValueError(f"{said}, but the driver is AMD's: install rocm-reqs.txt, of a ROCm that the driver supports")
+    raise ValueError(f"{said}, but the driver is NVIDIA's: install a torch whose CUDA the driver supports")
+
+
+def compute(device: torch.device) -> str:
+    """A matrix product and a recurrence on `device`, against float64 on the CPU. Raises ValueError if they differ."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 512, 512, generator=generator).unbind()
+    product = (left.to(device) @ right.to(device)).double().cpu()
+    exact = left.double() @ right.double()
+    wrong = {"product": float((product - exact).abs().max() / exact.abs().max())}
+    projected = torch.randn(2, 256, 128, generator=generator)
+    found = scan(projected.to(device))[0].double().cpu()
+    exact = reference_scan(projected.double(), None, None)[0]
+    wrong["scan"] = float((found - exact).abs().max() / exact.abs().max())
+    for name, error in wrong.items():
+        if not error < TOLERANCE:
+            raise ValueError(f"expected a {name} right within {TOLERANCE:g}, got an error of {error:.1e}")
+    memory = f"{torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB free, " if device.type == "cuda" else ""
+    return memory + ", ".join(f"{name} right within {error:.0e}" for name, error in wrong.items())
+
+
+def free_space(folder: Path) -> str:
+    """Free bytes where `folder` is, or would be made. Raises ValueError if it cannot be written."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    with tempfile.TemporaryFile(dir=folder):
+        free = shutil.disk_usage(folder).free
+    note = "" if free >= LEAST_FREE else f", less than the {LEAST_FREE / 2**30:.0f} GiB of one checkpoint of 1g"
+    return f"{free / 2**30:.1f} GiB free{note}"
+
+
+def ranks_meet(host: str) -> str:
+    """Train two small ranks on the CPU until they have exchanged weights. Raises ValueError if they never do."""
+    with tempfile.TemporaryDirectory(prefix="check_gpus_") as name:
+        folder = Path(name)
+        folder.joinpath("train.txt").write_bytes(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py"))))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+        launch = [sys.executable, "-m", "runtime.launch", "--ranks", "2", "--max_restarts", "0", "--"]
+        done = subprocess.run(
+            [*launch, str(ROOT / "train.py"), *TINY, "--gossip_host", host],
+            cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise ValueError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "they failed silently")
+        told = list(_events(folder / "gossip_logs"))
+        failed = [row["message"] for row in told if row["event"] == "failed"]
+        met = sum(row["event"] in ("sent", "merged", "averaged", "tied") for row in told)
+        if not met:
+            raise ValueError(f"they never met: {failed[0] if failed else 'nobody was called'}")
+        return f"they met {met // 2} times"
+
+
+def _events(folder: Path) -> Iterator[dict[str, str]]:
+    for path in sorted(folder.glob("*.tsv")):
+        with open(path, newline="") as file:
+            yield from csv.DictReader(file, delimiter="\t")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,66 @@
+"""A backend's two passes as torch custom operators: what torch.compile, autocast, checkpointing and opcheck build on.
+
+Each pass is one opaque node to torch.compile, which would otherwise unroll its loop over time or break the graph.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+from mingru.scan_reference import state_dtype
+
+Inputs = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def register(
+    name: str, forward: Callable, backward: Callable, device_types: str | Sequence[str] | None = None
+) -> tuple[CustomOpDef, CustomOpDef]:
+    """The operators gruboros::scan_<name>_forward, which is differentiable once by the other, and ..._backward.
+
+    forward: (projected_BT2E, prev_hidden_BE, reset_BT), as mingru.scan.scan, -> h_BTE in the input's dtype and the last
+    h_BE in the state's. backward: (grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT) -> the
+    gradients of projected_BT2E, in its dtype, and of the previous hidden state, in the state's. Both must be annotated,
+    and return new tensors only. device_types: those the passes can compute on (None: any).
+    """
+    scan_forward, scan_backward = (
+        torch.library.custom_op(f"gruboros::scan_{name}_{which}", function, mutates_args=(), device_types=device_types)
+        for which, function in (("forward", forward), ("backward", backward))
+    )
+
+    def differentiate(ctx, grad_BTE: Tensor, grad_last_BE: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        projected_BT2E, h_BTE, prev_hidden_BE, reset_BT = ctx.saved_tensors
+        grad_projected_BT2E, grad_prev_BE = scan_backward(
+            grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT
+        )
+        return grad_projected_BT2E, None if prev_hidden_BE is None else grad_prev_BE.to(prev_hidden_BE.dtype), None
+
+    scan_forward.register_fake(_fake_forward)
+    scan_backward.register_fake(_fake_backward)
+    scan_forward.register_autograd(differentiate, setup_context=_save)
+    return scan_forward, scan_backward
+
+
+def _save(ctx, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
+    projected_BT2E, prev_hidden_BE, reset_BT = inputs
+    ctx.save_for_backward(projected_BT2E, output[0], prev_hidden_BE, reset_BT)
+
+
+def _fake_forward(
+    projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, T, E2 = projected_BT2E.shape
+    last_BE = projected_BT2E.new_empty(B, E2 // 2, dtype=state_dtype(projected_BT2E))
+    return projected_BT2E.new_empty(B, T, E2 // 2), last_BE
+
+
+def _fake_backward(
+    grad_BTE: Tensor,
+    grad_last_BE: Tensor,
+    projected_BT2E: Tensor,
+    h_BTE: Tensor,
+    prev_hidden_BE: Tensor | None,
+    reset_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return projected_BT2E.new_empty(projected_BT2E.shape), grad_last_BE.new_empty(grad_last_BE.shape)

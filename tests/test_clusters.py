@@ -1,0 +1,137 @@
+"""Ways to start a population: torchrun, by hand on two hosts, train.cuda.sh; and check_gpus.sh before that."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import network
+from tests.population import TALKS
+from tests.projects import make_project
+from tests.ranks import FLAGS, ROOT, World, clean_environment
+
+SECRET = "5e" * 32
+PIN = re.compile(r"\S+==\S+ +# \S.*")
+
+
+def test_torchrun_starts_a_population(text, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = [*FLAGS, "--data", str(text), "--output", "run", "--train_steps", "200", "--gossip_mixing_rate", "0.2"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *flags],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = World(tmp_path, text, 2)
+    assert {(file.rank, file.step) for file in run.checkpoints()} >= {(0, 200), (1, 200)}
+    assert run.events(0, *TALKS)
+
+
+def test_ranks_by_hand_on_two_hosts_meet_without_a_shared_folder(text, tmp_path):
+    with network(1, 1) as hosts, contextlib.ExitStack() as closing:
+        worlds = []
+        peers = ",".join(f"{host.address}:29400" for host in hosts)
+        for rank, host in enumerate(hosts):
+            folder = tmp_path / f"host{rank}"
+            folder.mkdir()
+            worlds.append(World(folder, text, 2, run="pair"))
+            closing.callback(worlds[-1].close)
+            told = ["env", f"GRUBOROS_SECRET={SECRET}", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1"]
+            worlds[-1].start(
+                rank, "--no_filesystem_coordinator", "--gossip_host", "eth0", "--gossip_port", "29400",
+                "--gossip_peers", peers, "--gossip_mixing_rate", "0.1",
+                prefix=["ip", "netns", "exec", host.name, *told],
+            )  # fmt: skip
+        for rank, world in enumerate(worlds):
+            world.eventually(lambda world=world, rank=rank: world.events(rank, *TALKS))
+        for rank, world in enumerate(worlds):
+            world.stop(rank)
+            assert {file.rank for file in world.checkpoints()} == {rank}
+
+
+@pytest.fixture
+def project(tmp_path):
+    make_project(tmp_path)
+    return tmp_path
+
+
+def call(project: Path, script: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    environment = {**clean_environment(), **settings}
+    command = [str(project / script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_train_cuda_trains_with_the_settings_of_the_environment(project, text):
+    settings = {"RANKS": "2", "CORES": "0", "DEVICE": "--cpu", "MODEL": "--dim 16 --depth 2", "CHUNK_SIZE": "32"}
+    arguments = ["--data", str(text), "--output", "runs/box", "--train_steps", "40", "--batch_size", "2"]
+    done = call(project, "train.cuda.sh", *arguments, **settings)
+    assert done.returncode == 0, done.stderr
+    run = World(project, text, 2, run="runs/box")
+    assert {(file.rank, file.step) for file in run.checkpoints()} >= {(0, 40), (1, 40)}
+    config = run.run.joinpath("config.json").read_text()
+    for told in ('"gossip_recombination_alpha": 0.3', '"chunk_size": 32', '"batch_size": 2'):
+        assert told in config
+    assert " rank " in done.stdout  # the table
+    again = call(project, "train.cuda.sh", "--resume", "runs/box", "--train_steps", "60", **settings)
+    assert again.returncode == 0, again.stderr
+    assert {file.step for file in run.checkpoints()} >= {60}
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="here is a GPU")
+def test_train_cuda_without_a_gpu_says_so(project, text):
+    done = call(project, "train.cuda.sh", "--data", str(text))
+    assert done.returncode == 2 and not (project / "runs").exists()
+    assert done.stderr.splitlines()[-1].startswith("error: expected an NVIDIA GPU that torch can use, got none")
+
+
+def fake(folder: Path, name: str, script: str) -> dict[str, str]:
+    """A program of that name before all others on the path."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin" / name).chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="here is a GPU")
+def test_check_gpus_where_there_is_none_checks_the_rest(project):
+    done = call(project, "check_gpus.sh")
+    assert done.returncode == 3, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "none: neither nvidia-smi nor rocm-smi is here"
+    assert lines[-1] == "ok: no GPU here; training works on the CPU: ./train.local.sh"
+    assert re.search(r"^two ranks at 127\.0\.0\.1: they met [1-9]\d* times$", done.stdout, re.MULTILINE)
+
+
+def test_check_gpus_tells_of_a_torch_that_does_not_go_with_the_driver(project):
+    listed = fake(project, "nvidia-smi", "echo '0, NVIDIA Test, 999.1, 81559 MiB, 4 MiB'")
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}  # as if torch had no kernel for it, wherever this test runs
+    done = call(project, "check_gpus.sh", "--no_ranks", **listed, **hidden)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0] == "NVIDIA: 0, NVIDIA Test, 999.1, 81559 MiB, 4 MiB"
+    assert "the driver is NVIDIA's: install a torch whose CUDA the driver supports" in done.stdout
+    assert done.stdout.splitlines()[-1] == "failed: torch"
+
+
+def test_check_gpus_tells_of_a_driver_that_fails_and_of_ranks_that_do_not_meet(project):
+    broken = fake(project, "nvidia-smi", "echo 'Driver/library version mismatch' >&2; exit 18")
+    done = call(project, "check_gpus.sh", "--gossip_host", "nowhere0", "--output", "/proc/absent", **broken)
+    assert done.returncode == 1
+    assert "NVIDIA: nvidia-smi failed: Driver/library version mismatch" in done.stdout
+    assert "two ranks at nowhere0: FAILED: " in done.stdout
+    assert done.stdout.splitlines()[-1] == "failed: torch, output /proc/absent, two ranks at nowhere0"
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "rocm-reqs.txt"])
+def test_requirements_are_pinned_each_with_its_reason(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith(("#", "-"))]
+    assert lines and all(PIN.fullmatch(line) for line in lines)
+
+
+def test_requirements_for_rocm_are_the_same_with_another_torch():
+    lines = (ROOT / "rocm-reqs.txt").read_text().splitlines()
+    torch = (ROOT / "requirements.txt").read_text().splitlines()[0].split()[0]
+    assert "-r requirements.txt" in lines and any(line.startswith(f"{torch}+rocm") for line in lines)

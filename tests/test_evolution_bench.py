@@ -1,0 +1,410 @@
+import dataclasses
+import json
+import math
+import random
+import shutil
+
+import pytest
+import torch
+
+from bench.evolution.__main__ import main
+from bench.evolution.arms import DEFAULT_ARMS, POLICIES
+from bench.evolution.intervals import interval, paired, t_quantile
+from bench.evolution.laboratory import read_results, run_tasks, tasks_of
+from bench.evolution.policy import DIVERGING, Conditions, parse_arm
+from bench.evolution.real import flags_of, run_real
+from bench.evolution.replica import Replica
+from bench.evolution.report import plot, rows_of
+from bench.evolution.trial import Setting, rate_factors, run_trial
+from gossip.fitness_tracker import FitnessTracker
+from mingru.minLM import MinLM
+from runtime.errors import UserError
+from training.data import Corpus
+from training.fitness import Fitness
+from training.heredity import Heredity
+from training.optimizer import build_optimizer
+from training.options import OptimizerOptions, parse_arguments
+from training.probe import Probe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text"
+    words = random.Random(1).choices(["the ", "cat ", "sat ", "on ", "a ", "mat.\n"], k=4000)
+    path.write_text("".join(words))
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(data):
+    return Corpus([data], 0x1E)
+
+
+def setting(**changes) -> Setting:
+    values = {
+        "fingerprint": "", "val_fraction": 0.2, "probe_windows": 4, "replicas": 2, "steps": 4, "dim": 16, "depth": 1,
+        "ff_mult": 2.0, "batch_size": 2, "chunk_size": 16, "lr": 0.01, "weight_decay": 0.01, "warmup_steps": 2,
+    }  # fmt: skip
+    return Setting(**values | changes)
+
+
+def trial(corpus, text, seed=1, **changes) -> dict:
+    return run_trial(setting(**changes), parse_arm(text, POLICIES), seed, corpus, CPU)
+
+
+def untimed(result: dict) -> dict:
+    return {name: value for name, value in result.items() if name not in ("wall_s", "cpu_s")}
+
+
+def replicas_of(corpus, count, lr=0.01, seeds=True) -> list[Replica]:
+    """Replicas that differ, none of which has trained."""
+    made = []
+    for rank in range(count):
+        torch.manual_seed(rank if seeds else 0)
+        model = MinLM(setting().model)
+        options = OptimizerOptions(lr=lr)
+        weights = build_optimizer(model, options)
+        fitness = Fitness("probe", FitnessTracker(0.9), Probe(model, weights, corpus.split(0.2)[1], 4, 1024, CPU), 1)
+        heredity = Heredity(("lr",), options, 1.0, 0.1, 0, 1)
+        made.append(Replica(rank, model, weights, [], fitness, heredity, options, 2, CPU))
+    return made
+
+
+def policy_on(text, replicas):
+    policy = parse_arm(text, POLICIES).policy()
+    policy.begin(replicas, random.Random(1))
+    return policy
+
+
+def test_evolution_ddp_of_one_replica_is_solo(corpus):
+    ddp, solo = trial(corpus, "ddp", replicas=1), trial(corpus, "solo", replicas=1)
+    assert ddp["losses"] == solo["losses"]
+    assert ddp["bytes_over_ddp"] == solo["bytes_over_ddp"] == 0
+
+
+def test_evolution_ddp_of_two_learns_from_both(corpus):
+    ddp, solo = trial(corpus, "ddp"), trial(corpus, "solo")
+    assert len(ddp["losses"]) == 1 and len(solo["losses"]) == 2
+    assert ddp["losses"][0] not in solo["losses"]
+
+
+def test_evolution_pair_mean_keeps_the_pairs_sum(corpus):
+    first, second = replicas_of(corpus, 2)
+    before = {name: first.live[name].double() + second.live[name].double() for name in first.live}
+    policy_on("pair_mean", [first, second]).meet(first, second)
+    for name, total in before.items():
+        torch.testing.assert_close(first.live[name].double() + second.live[name].double(), total, rtol=0, atol=1e-6)
+        torch.testing.assert_close(first.live[name], second.live[name])
+
+
+def test_evolution_one_way_moves_the_loser_alone(corpus):
+    winner, loser = replicas_of(corpus, 2)
+    before = {name: tensor.clone() for name, tensor in winner.live.items()}
+    expected = {name: tensor.lerp(before[name], 0.25) for name, tensor in loser.live.items()}
+    policy_on("one_way:alpha=0.25", [winner, loser]).win(winner, loser)
+    for name in before:
+        assert torch.equal(winner.live[name], before[name])
+        torch.testing.assert_close(loser.live[name], expected[name])
+
+
+def test_evolution_clonal_takes_the_optimizers_counters_along(corpus):
+    winner, loser = replicas_of(corpus, 2)
+    winner.weights.load_scalars({"k": 7, "weight_sum": 2.0, "lr_max": 0.01})
+    policy_on("one_way:method=clonal", [winner, loser]).win(winner, loser)
+    assert loser.weights.scalars() == winner.weights.scalars()
+    assert all(torch.equal(loser.live[name], tensor) for name, tensor in winner.live.items())
+
+
+def test_evolution_one_way_by_the_probe_prefers_the_lower_loss(corpus):
+    replicas = replicas_of(corpus, 2)
+    better = min(replicas, key=lambda replica: replica.fitness.judge())
+    before = {name: tensor.clone() for name, tensor in better.live.items()}
+    for caller, called in (replicas, replicas[::-1]):
+        policy_on("one_way:winner=probe,alpha=0.1", replicas).meet(caller, called)
+    assert all(torch.equal(better.live[name], tensor) for name, tensor in before.items())
+
+
+def test_evolution_a_loser_inherits_the_rate_only_if_asked(corpus):
+    winner, loser = replicas_of(corpus, 2)
+    winner.lr = 0.04
+    policy_on("one_way", [winner, loser]).win(winner, loser)
+    assert loser.lr == 0.01
+    policy_on("one_way:evolve=lr", [winner, loser]).win(winner, loser)
+    assert 0.03 < loser.lr < 0.06 and loser.lr != 0.04  # log-normal, of standard deviation 0.1
+
+
+def test_evolution_harm_is_rolled_back(corpus):
+    winner, loser = replicas_of(corpus, 2)
+    for tensor in winner.live.values():
+        tensor.mul_(30)
+    before = {name: tensor.clone() for name, tensor in loser.live.items()}
+    policy_on("one_way:rollback=0.1,evolve=lr", [winner, loser]).win(winner, loser)
+    assert (loser.rolled_back, loser.merges, loser.lr) == (1, 0, 0.01)
+    assert all(torch.equal(loser.live[name], tensor) for name, tensor in before.items())
+
+
+def test_evolution_ours_without_significance_only_averages(corpus):
+    result = trial(corpus, "ours:p=1,significance=0,probe_every=1")
+    assert set(result["counts"]) == {"averaged"}
+
+
+def test_evolution_ours_that_neither_wins_nor_averages_is_solo(corpus):
+    still = trial(corpus, "ours:p=1,significance=0,tie=none,probe_every=1")
+    assert still["losses"] == trial(corpus, "solo")["losses"]
+    assert still["bytes_sent"] == 0 and set(still["counts"]) == {"no clear winner"}
+
+
+def test_evolution_ours_lets_the_clear_winner_flow_into_the_loser(corpus):
+    good, bad = replicas_of(corpus, 2)
+    for tensor in bad.live.values():
+        tensor.mul_(30)
+    before = {name: tensor.clone() for name, tensor in good.live.items()}
+    policy = policy_on("ours:p=0,significance=0.5", [bad, good])
+    policy.after_step(1)  # measures
+    policy.meet(bad, good)
+    assert policy.counts == {"won": 1} and (good.sent > 0, bad.sent) == (True, 0)
+    assert all(torch.equal(good.live[name], tensor) for name, tensor in before.items())
+
+
+def test_evolution_mean_all_moves_everyone_by_its_share(corpus):
+    replicas = replicas_of(corpus, 3)
+    name = "y.token_emb.weight"
+    before = [replica.live[name].clone() for replica in replicas]
+    policy_on("mean_all:every=1,share=0.25", replicas).after_step(1)
+    mean = torch.stack(before).mean(0)
+    for replica, old in zip(replicas, before, strict=True):
+        torch.testing.assert_close(replica.live[name], 0.75 * old + 0.25 * mean)
+
+
+def test_evolution_diloco_follows_outer_nesterov(corpus):
+    replicas = replicas_of(corpus, 2, seeds=False)
+    policy = policy_on("diloco:every=1,outer_lr=0.7,momentum=0.9", replicas)
+    name = "z.token_emb.weight"
+    outer, velocity = replicas[0].live[name].clone(), 0.0
+    for step in (1, 2):
+        for rank, replica in enumerate(replicas):
+            replica.live[name].add_(step + rank)  # what training did
+        gradient = outer - torch.stack([replica.live[name] for replica in replicas]).mean(0)
+        velocity = 0.9 * velocity + gradient
+        outer = outer - 0.7 * (gradient + 0.9 * velocity)
+        policy.after_step(step)
+        for replica in replicas:
+            torch.testing.assert_close(replica.live[name], outer)
+
+
+def test_evolution_noloco_follows_its_formula(corpus):
+    replicas = replicas_of(corpus, 2)
+    policy = policy_on("noloco:every=1,momentum=0.5,outer_lr=0.7,pull=0.6", replicas)
+    name = "y.token_emb.weight"
+    slow = [replica.live[name].clone() for replica in replicas]
+    velocity = [torch.zeros_like(slow[0]) for _ in replicas]
+    for step in (1, 2):
+        for rank, replica in enumerate(replicas):
+            replica.live[name].add_(step + rank)
+        moved = sum(replica.live[name] - phi for replica, phi in zip(replicas, slow, strict=True)) / 2
+        middle = (slow[0] + slow[1]) / 2
+        velocity = [0.5 * v + 0.7 * moved + 0.6 * (middle - phi) for v, phi in zip(velocity, slow, strict=True)]
+        slow = [phi + v for phi, v in zip(slow, velocity, strict=True)]
+        policy.after_step(step)
+        for replica, phi in zip(replicas, slow, strict=True):
+            torch.testing.assert_close(replica.live[name], phi)
+
+
+# With 2 ranks a ring all-reduce sends each rank's 4 P bytes of gradients once; a whole state is 12 P, y and z are 8 P.
+BY_HAND = {
+    "solo": 0,
+    "ddp": 1,
+    "pair_mean:p=1": 2 * 12 / 4,  # both call, and at each of these meetings both send
+    "pair_mean:p=1,payload=weights": 2 * 8 / 4,
+    "pair_mean:p=1,payload=weights,wire=bf16": 2 * 4 / 4,
+    "one_way:p=1,winner=random": 2 * 12 / 4 / 2,  # one of the two sends
+    "mean_all:every=1": 12 / 4,
+    "diloco:every=2": 8 / 4 / 2,
+    "noloco:every=1": 2 * 8 / 4,  # phi and theta
+}
+
+
+@pytest.mark.parametrize("arm", BY_HAND)
+def test_evolution_bytes_are_those_counted_by_hand(corpus, arm):
+    assert trial(corpus, arm)["bytes_over_ddp"] == pytest.approx(BY_HAND[arm])
+
+
+@pytest.mark.parametrize("arm", ["ours:evolve=lr,p=0.7,spread=8,probe_every=2", "noloco:every=2", "solo:corrupt=1"])
+def test_evolution_trials_repeat_and_seeds_differ(corpus, arm):
+    first = trial(corpus, arm)
+    assert untimed(trial(corpus, arm)) == untimed(first)
+    assert trial(corpus, arm, seed=2)["losses"] != first["losses"]
+
+
+def test_evolution_trials_leave_the_global_generator_alone(corpus):
+    before = torch.random.get_rng_state()
+    trial(corpus, "solo")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_evolution_corrupted_data_reach_the_last_replicas_alone(corpus):
+    clean, corrupted = trial(corpus, "solo", steps=8)["losses"], trial(corpus, "solo:corrupt=1", steps=8)["losses"]
+    assert corrupted[0] == clean[0] and corrupted[1] > clean[1]
+
+
+def test_evolution_rates_are_spread_and_scaled():
+    assert rate_factors(Conditions(spread=8), 4) == pytest.approx([0.25, 0.5, 1, 2])
+    assert rate_factors(Conditions(lr=2, diverging=1), 3) == [2, 2, 2 * DIVERGING]
+    assert rate_factors(Conditions(spread=8), 1) == [1]
+
+
+def test_evolution_conditions_change_the_population(corpus):
+    result = trial(corpus, "solo:replicas=3,lr=2")
+    assert len(result["losses"]) == result["ranks"] == 3
+    assert {replica["lr"] for replica in result["replicas"]} == {0.02}
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("nobody", "expected an arm among"),
+        ("solo:p=1", "an option of solo"),
+        ("pair_mean:p", "option=value"),
+        ("pair_mean:p=often", "of type float"),
+        ("pair_mean:p=2", "a chance from 0 to 1"),
+        ("one_way:winner=taller", "probe, ema or random"),
+        ("ours:tie=both", "tie"),
+        ("diloco:every=0", "at least 1 step"),
+    ],
+)
+def test_evolution_arms_that_make_no_sense_are_refused(text, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse_arm(text, POLICIES)
+
+
+def test_evolution_arms_have_one_label_and_all_options():
+    arm = parse_arm("pair_mean:payload=weights,p=0.050", POLICIES)
+    assert arm.label == "pair_mean:p=0.05,payload=weights"
+    assert arm.in_full() == {
+        "policy": "pair_mean", "p": "0.05", "payload": "weights", "wire": "fp32", "rollback": "inf", "replicas": "0",
+        "lr": "1", "spread": "1", "corrupt": "0", "diverging": "0",
+    }  # fmt: skip
+    assert [parse_arm(text, POLICIES).label for text in DEFAULT_ARMS] == list(DEFAULT_ARMS)
+
+
+def test_evolution_finished_trials_are_never_run_again(data, tmp_path):
+    arms = [parse_arm(text, POLICIES) for text in ("solo", "pair_mean:p=0.5")]
+    tasks, said = tasks_of(setting(), arms, [1, 2], tmp_path), []
+    assert [(task.arm.label, task.seed) for task in tasks[:2]] == [("solo", 1), ("pair_mean:p=0.5", 1)]
+    assert run_tasks(tasks, data, CPU, 1, said.append) == 0 and said[0] == "4 trials to run"
+    written = {task.path: task.path.stat().st_mtime_ns for task in tasks}
+    tasks[1].path.unlink()
+    said.clear()
+    assert run_tasks(tasks, data, CPU, 1, said.append) == 0 and said[0] == "1 trials to run"
+    assert {task.path for task in tasks if task.path.stat().st_mtime_ns != written[task.path]} == {tasks[1].path}
+
+
+def test_evolution_other_settings_and_options_are_other_trials(tmp_path):
+    paths = set()
+    for steps, text in ((4, "ours"), (5, "ours"), (4, "ours:least_effect=0.02"), (4, "ours:p=0.02")):
+        paths |= {task.path for task in tasks_of(setting(steps=steps), [parse_arm(text, POLICIES)], [1], tmp_path)}
+    with_another_default = dataclasses.replace(parse_arm("ours", POLICIES), options=(("p", 0.03),))
+    paths |= {task.path for task in tasks_of(setting(), [with_another_default], [1], tmp_path)}
+    assert len(paths) == 5
+
+
+def test_evolution_a_failed_trial_is_told_and_the_others_go_on(data, tmp_path):
+    arms = [parse_arm("solo:replicas=1", POLICIES), parse_arm("solo", POLICIES)]
+    tasks, said = tasks_of(setting(), arms, [1], tmp_path), []
+    tasks[0] = dataclasses.replace(tasks[0], path=tmp_path / "nowhere" / "file.json")
+    assert run_tasks(tasks, data, CPU, 1, said.append) == 1
+    assert any("failed: FileNotFoundError" in line for line in said) and tasks[1].path.exists()
+
+
+@pytest.mark.parametrize("freedom, t", [(1, 12.706205), (2, 4.302653), (4, 2.776445), (9, 2.262157), (30, 2.042272)])
+def test_evolution_t_quantiles_are_those_of_the_tables(freedom, t):
+    assert t_quantile(freedom, 0.95) == pytest.approx(t, abs=1e-6)
+
+
+def test_evolution_intervals_are_students():
+    told = interval([1.0, 2.0, 3.0])
+    assert (told.mean, told.count) == (2.0, 3) and told.half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
+    assert math.isnan(interval([1.0]).half) and str(interval([1.0])) == "1.0000"
+
+
+def test_evolution_pairs_are_of_common_seeds():
+    assert paired({1: 1.0, 2: 2.0, 3: 9.0}, {1: 0.5, 2: 1.5, 4: 0.0}).mean == 0.5
+    assert paired({1: 1.0}, {2: 1.0}) is None
+
+
+def result_of(arm, seed, losses, relative, ranks=4):
+    return {
+        "arm": arm, "seed": seed, "ranks": ranks, "loss": sum(losses) / len(losses), "best": min(losses),
+        "bytes_over_ddp": relative, "cpu_s": 60.0, "setting": {},
+    }  # fmt: skip
+
+
+def test_evolution_rows_compare_with_mean_and_best_at_the_same_seeds():
+    results = [
+        result_of("solo", 1, [1.6, 1.8], 0), result_of("solo", 2, [1.7, 1.9], 0),
+        result_of("ours", 1, [1.5], 0.04), result_of("ours", 2, [1.6], 0.06),
+    ]  # fmt: skip
+    ours, solo = rows_of(results, "solo")
+    assert (ours.arm, solo.arm, ours.bytes) == ("ours", "solo", 0.05)
+    assert ours.over_mean.mean == pytest.approx(-0.2) and ours.over_best.mean == pytest.approx(-0.1)
+    assert ours.over_mean.half == pytest.approx(0, abs=1e-9) and solo.over_mean.mean == 0
+
+
+def test_evolution_plot_is_drawn(tmp_path):
+    if shutil.which("Rscript") is None:
+        pytest.skip("no Rscript")
+    results = [result_of(arm, seed, [1.5 + seed / 50], size) for arm, size in (("solo", 0), ("ours", 0.05), ("ddp", 1))
+               for seed in (1, 2)]  # fmt: skip
+    wrong = plot(rows_of(results, "solo"), tmp_path / "plot.pdf")
+    if wrong is not None and "ggplot2" in wrong:
+        pytest.skip(wrong)
+    assert wrong is None and (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_evolution_command_runs_resumes_and_shows(data, tmp_path, capsys):
+    flags = ["--data", str(data), "--output", str(tmp_path / "out"), "--cpu", "--arms", "solo", "ddp",
+             "--replicas", "2", "--steps", "2", "--dim", "16", "--depth", "1", "--batch_size", "2",
+             "--chunk-size", "16", "--combined", str(tmp_path / "all.json")]  # fmt: skip
+    assert main(flags) == 0
+    assert "2 trials to run" in capsys.readouterr().err
+    assert main(flags) == 0
+    shown = capsys.readouterr()
+    assert "0 trials to run" in shown.err and "ddp" in shown.out and "solo" in shown.out
+    assert {result["arm"] for result in read_results(tmp_path / "all.json")} == {"solo", "ddp"}
+    assert json.loads((tmp_path / "all.json").read_text())["bench"] == "evolution"
+    assert main(["--table", "--markdown", "--output", str(tmp_path / "all.json")]) == 0
+    assert "| solo, 2 ranks | 1 |" in capsys.readouterr().out
+
+
+def test_evolution_real_ranks_are_measured_as_simulated_ones_are(data, corpus):
+    arm = parse_arm("pair_mean:p=0.5,payload=weights", POLICIES)
+    result = run_real(setting(steps=600), arm, 1, data, corpus)
+    simulated = run_trial(setting(steps=600), arm, 1, corpus, CPU)
+    assert result.keys() <= simulated.keys() and result["parameters"] == simulated["parameters"]
+    assert len(result["losses"]) == 2 and result["loss"] == pytest.approx(simulated["loss"], abs=0.1)
+    assert result["bytes_sent"] > 0 and result["cpu_s"] > 0
+
+
+def test_evolution_real_flags_say_the_arm():
+    flags = flags_of(setting(), parse_arm("ours:p=0.05,wire=bf16,rollback=inf,lr=2", POLICIES), 3)
+    given = dict(zip(flags[1::2], flags[2::2], strict=True))
+    assert flags[0] == "--cpu" and given["--lr"] == "0.02" and given["--seed"] == "3"
+    assert given["--gossip_mixing_rate"] == "0.05" and given["--gossip_wire_dtype"] == "bf16"
+    assert given["--gossip_rollback"] == "none" and given["--gossip_fitness"] == "probe"
+    known = parse_arguments(["--data", "x", *flags], "")
+    assert known["train_steps"] == 4 and known["gossip_least_effect"] == 0.01
+
+
+@pytest.mark.parametrize("arm", ["ddp", "one_way", "solo:spread=8", "ours:corrupt=1"])
+def test_evolution_real_refuses_what_has_no_flags(arm):
+    with pytest.raises(UserError, match="expected with --real"):
+        flags_of(setting(), parse_arm(arm, POLICIES), 1)
+
+
+def test_evolution_command_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="--data"):
+        main(["--output", str(tmp_path)])
+    with pytest.raises(UserError, match="expected results"):
+        main(["--table", "--output", str(tmp_path / "none.json")])

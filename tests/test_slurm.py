@@ -1,0 +1,166 @@
+"""train.frontier.sh on a Slurm cluster: its header as it stands, fewer and smaller ranks, on the CPU."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.injection import Injection
+from tests.conftest import TINY
+from tests.projects import make_project
+from tests.ranks import World
+from tests.slurm import NODES, Cluster, cluster
+
+FLAGS = ["--val_every", "0", "--gossip_heartbeat", "0.2", "--gossip_liveness", "2", "--gossip_mixing_rate", "0.2",
+         "--save_every", "1g", "--no_fitness_weighted_checkpointing", "--log_every", "10"]  # fmt: skip
+FOREVER = ["--train_steps", "1g"]
+
+
+class Job(World):
+    """A job of train.frontier.sh on two nodes with so many tasks each, and its ranks as World sees them."""
+
+    def __init__(self, slurm: Cluster, cwd: Path, text: Path, tasks: int, *flags: str, options: tuple = ()) -> None:
+        super().__init__(cwd, text, 2 * tasks, run="runs/run")
+        self.slurm = slurm
+        made = {"VENV": cwd / "venv", "NVME": slurm.nvme, "DEVICE": "--cpu", "GOSSIP_HOST": "127.0.0.1"}
+        settings = {name: str(value) for name, value in made.items()}
+        command = ["sbatch", "--parsable", "--nodes=2", f"--ntasks-per-node={tasks}", *options, "train.frontier.sh"]
+        arguments = [*TINY[:-3], "--data", str(text), "--val_bytes", "512", *FLAGS, "--output", "runs/run", *flags]
+        done = subprocess.run(
+            [*command, *arguments], cwd=cwd, env=slurm.environment | settings, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        self.id = done.stdout.strip()
+        self.output = cwd / "logs" / f"slurm_{self.id}.out"
+
+    def eventually(self, condition, seconds=120.0):
+        return self.slurm.eventually(condition, self.output, seconds)
+
+    def said(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def trains(self) -> None:
+        """Wait until every rank has trained."""
+
+        def training() -> bool:
+            assert self.slurm.state(self.id) in ("PENDING", "CONFIGURING", "RUNNING"), "it ended"
+            return min(self.step(rank) for rank in range(self.size)) > 0
+
+        self.eventually(training)
+
+    def ends(self) -> str:
+        """Wait until the job is over; its last state."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return self.eventually(lambda: self.slurm.state(self.id) in over and self.slurm.state(self.id))
+
+    def saved(self) -> list[int]:
+        """The ranks that have a checkpoint."""
+        return sorted({file.rank for file in self.checkpoints()})
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def submit(slurm, text, tmp_path):
+    """Submits a job from a copy of the project, with an environment small enough to be staged often."""
+    make_project(tmp_path, environment="venv")
+    jobs = []
+
+    def start(*arguments, **extra):
+        jobs.append(Job(slurm, tmp_path, text, *arguments, **extra))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        subprocess.run(["scancel", "--signal=KILL", "--full", job.id], env=slurm.environment, capture_output=True)
+        subprocess.run(["scancel", job.id], env=slurm.environment, capture_output=True)
+        job.eventually(lambda job=job: slurm.state(job.id) not in ("RUNNING", "PENDING", "COMPLETING"))
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if entry)
+
+
+def test_slurm_job_trains_each_rank_on_its_gpu_from_its_nodes_disk(submit, slurm):
+    job = submit(2, "--train_steps", "300")
+    job.trains()
+    for rank in range(4):
+        told = environment_of(job.pid(rank))
+        assert told["ROCR_VISIBLE_DEVICES"] == str([4, 5][rank % 2])
+        assert told["SLURMD_NODENAME"] == NODES[rank // 2]
+        assert (told["RANK"], told["LOCAL_RANK"], told["LOCAL_WORLD_SIZE"]) == (str(rank), str(rank % 2), "2")
+        assert told["TRITON_CACHE_DIR"] == f"{slurm.nvme}/cache/triton"
+        assert Path(f"/proc/{job.pid(rank)}/cmdline").read_text().startswith(f"{slurm.nvme}/venv/bin/python")
+    assert job.ends() == "COMPLETED"
+    assert job.saved() == [0, 1, 2, 3] and {file.step for file in job.checkpoints()} == {300}
+    assert any(job.events(rank, "sent", "merged") for rank in range(4))
+    assert slurm.job(job.id)["Restarts"] == "0"
+
+
+@pytest.mark.injects(Injection.KILL, Injection.RESTART)
+def test_slurm_job_survives_a_dead_node_and_restarts_a_killed_rank(submit, slurm):
+    job = submit(1, "--train_steps", "1000")
+    job.trains()
+    slurm.kill_node(NODES[1])
+    try:
+        first = job.pid(0)
+        os.kill(first, signal.SIGKILL)
+        job.eventually(lambda: "rank 0 was killed by SIGKILL: restart 1 of at most 5" in job.said())
+        job.ends()
+        assert job.pid(0) != first
+        assert {file.rank: file.step for file in job.checkpoints()} == {0: 1000}
+        assert job.step(1) < 1000
+        assert re.search(rf"^srun: error: .*{NODES[1]}", job.said(), re.MULTILINE)
+    finally:
+        slurm.start_node(NODES[1])
+
+
+def test_slurm_job_saves_before_its_time_limit_is_requeued_and_resumes(submit, slurm):
+    job = submit(1, "--train_steps", "500", options=("--time=1", "--signal=B:USR1@5"))
+    job.trains()
+    pids = [job.pid(rank) for rank in range(2)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)  # so that nobody is done before
+    job.eventually(lambda: "the time limit is near" in job.said())
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    job.eventually(lambda: "2 of 2 ranks have saved since" in job.said())
+    reached = {file.rank: file.step for file in job.checkpoints()}
+    assert max(reached.values()) < 500
+    job.eventually(lambda: slurm.state(job.id) == "PENDING")
+    slurm.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # enough for all the rest, however slow
+    assert job.ends() == "COMPLETED"
+    for rank, step in reached.items():
+        assert re.search(rf"resumed checkpoint_rank_{rank:04d}_step_{step:06d}_", job.log(rank))
+    assert slurm.job(job.id)["Restarts"] == "1"
+    assert [job.checkpoints(rank)[-1].step for rank in range(2)] == [500, 500]
+
+
+def test_slurm_job_that_is_cancelled_saves_first(submit, slurm):
+    job = submit(1, *FOREVER)
+    job.trains()
+    assert job.saved() == []
+    slurm.run("scancel", job.id)
+    assert job.ends() == "CANCELLED"
+    job.eventually(lambda: job.saved() == [0, 1])
+    assert slurm.job(job.id)["Restarts"] == "0"
+
+
+def test_plain_srun_starts_a_population(slurm, submit, text, tmp_path):
+    options = ["--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
+    flags = [*TINY, *FLAGS, "--gossip_host", "127.0.0.1", "--data", str(text), "--train_steps", "200"]
+    command = ["srun", *options, sys.executable, "train.py", *flags, "--output", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=slurm.environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    run = World(tmp_path, text, 2)
+    assert {(file.rank, file.step) for file in run.checkpoints()} == {(0, 200), (1, 200)}
+    assert "rank 0 of 2 (slurm)" in run.log(0) and run.events(0, "sent", "merged")

@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# Trains a population on Frontier (OLCF), or on another Slurm cluster of such nodes: one rank for each of a node's eight
+# AMD GPUs, restarted alone when it dies; saved before the time limit, requeued, and resumed until --train_steps.
+#
+#     ./train.frontier.sh                        on a login node, once: makes .venv with torch for ROCm
+#     sbatch train.frontier.sh --train_steps 200k --data /lustre/orion/abc123/proj-shared/corpus
+#     sbatch -N 8 -A abc123 train.frontier.sh    sbatch's own options go before the script, train.py's after it
+#     sbatch train.frontier.sh --resume runs/frontier_1234567
+#
+# Submit from the project's folder, on the parallel filesystem. docs/clusters.md says what happens when, and what of this
+# was never tried on the machine itself.
+#
+#SBATCH --job-name=gruboros
+#SBATCH --account=abc123
+#SBATCH --partition=batch
+#SBATCH --nodes=64
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=7
+#SBATCH --gpus-per-node=8
+#SBATCH --constraint=nvme
+#SBATCH --time=02:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --no-kill
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/slurm_%j.out
+set -euo pipefail
+
+# Settings; the environment overrides them.
+MODEL=${MODEL:---params 1g --dim 1024 --expansion_factor 3.0 --ff_mult 1.5}
+BATCH_SIZE=${BATCH_SIZE:-8}
+CHUNK_SIZE=${CHUNK_SIZE:-2048}
+SAVE_EVERY=${SAVE_EVERY:-2000}
+VAL_EVERY=${VAL_EVERY:-1000}
+MIXING_RATE=${MIXING_RATE:-0.01}
+MERGE_METHOD=${MERGE_METHOD:-recombination}
+ALPHA=${ALPHA:-0.3}
+CORPUS=${CORPUS:-corpus/python_stdlib.txt}
+DEVICE=${DEVICE:---rocm}
+GOSSIP_HOST=${GOSSIP_HOST:-hsn0}
+# VENV: the environment to stage. NVME: the node-local disk. MODULES: loaded where there is a module command.
+VENV=${VENV:-.venv}
+NVME=${NVME:-/mnt/bb/${USER:-$(id -un)}}
+MODULES=${MODULES-PrgEnv-gnu rocm craype-accel-amd-gfx90a}
+# Seconds that the ranks have for saving before the time limit: less than in --signal, by a minute or two.
+SAVE_SECONDS=${SAVE_SECONDS:-480}
+# Which GPU and which cores the tasks 0 ... 7 of a node get. Task t has the seven free cores of the t-th group of eight
+# that share an L3 cache (the first is the system's), and the GPU that is nearest to it: Frontier User Guide, "Frontier
+# Compute Nodes".
+GPU_BIND=${GPU_BIND:-map_gpu:4,5,2,3,6,7,0,1}
+CPU_BIND=${CPU_BIND:-mask_cpu:0xfe,0xfe00,0xfe0000,0xfe000000,0xfe00000000,0xfe0000000000,0xfe000000000000,0xfe00000000000000}
+
+# Slurm runs a copy of this script that lies elsewhere.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"
+if [ ! -e runtime/launching.sh ]; then
+    echo "error: expected sbatch in the project's folder, got $PWD: cd there and submit again" >&2
+    exit 2
+fi
+arguments=("$@")
+source runtime/launching.sh
+
+say() { echo "$(date '+%Y-%m-%d %H:%M:%S') $*" >&2; }
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    ensure_venv rocm-reqs.txt
+    echo ".venv is ready: now sbatch train.frontier.sh [ARGUMENT ...]" >&2
+    exit 0
+fi
+
+if type module >/dev/null 2>&1; then
+    set +u # the functions behind it are not written for -u
+    # shellcheck disable=SC2086  # words, not one word
+    if [ -n "$MODULES" ]; then module load $MODULES; fi
+    set -u
+fi
+VENV_PYTHON=$VENV/bin/python
+if [ ! -x "$VENV_PYTHON" ]; then
+    echo "error: expected a Python environment in $VENV, got none: run ./train.frontier.sh on a login node" >&2
+    exit 2
+fi
+choose_run "runs/frontier_$SLURM_JOB_ID"
+ranks=$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))
+
+# The time limit is near: every rank is asked to save and leave, by a signal that does no harm if it comes twice.
+requeue=0 deadline=$((1 << 60)) mark=logs/saving_$SLURM_JOB_ID
+near_the_limit() {
+    say "the time limit is near: every rank saves and leaves"
+    requeue=1 deadline=$((SECONDS + SAVE_SECONDS))
+    touch "$mark"
+    scancel --signal=USR2 "$SLURM_JOB_ID" || say "warning: the ranks could not be told"
+}
+trap near_the_limit USR1
+# scancel, and the limit itself: Slurm tells the ranks as well, which save and leave; this waits for them.
+trap 'say "asked to end: every rank saves and leaves"' TERM
+
+# Hundreds of ranks that import torch from a shared filesystem take minutes: each node gets a copy of its own.
+say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $ranks ranks on $SLURM_JOB_NODELIST, in $RUN_DIR"
+archive=$NVME/environment_$SLURM_JOB_ID.tar
+tar -C "$VENV" -cf "$archive.made" .
+sbcast --force "$archive.made" "$archive"
+rm "$archive.made"
+srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --no-kill bash -c '
+    set -e
+    rm -rf "$0/venv" "$0/cache"
+    mkdir -p "$0/venv" "$0/cache/tmp"
+    tar -C "$0/venv" -xf "$1"
+    rm "$1"' "$NVME" "$archive"
+say "the environment is on every node"
+
+export TMPDIR=$NVME/cache/tmp XDG_CACHE_HOME=$NVME/cache TRITON_CACHE_DIR=$NVME/cache/triton
+export MIOPEN_USER_DB_PATH=$NVME/cache/miopen MIOPEN_CUSTOM_CACHE_DIR=$NVME/cache/miopen
+
+status=0
+if ! ((requeue)); then
+    srun --no-kill --kill-on-bad-exit=0 --wait=0 --label --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+        --cpu-bind="$CPU_BIND" --gpu-bind="$GPU_BIND" \
+        "$NVME/venv/bin/python" -m runtime.launch --task \
+        -- train.py "$DEVICE" --gossip_host "$GOSSIP_HOST" "${FLAGS[@]}" "$@" &
+    step=$!
+    while kill -0 "$step" 2>/dev/null && ((SECONDS < deadline)); do
+        # A signal ends the wait, but not the step.
+        if ((requeue)); then sleep 1; else wait "$step" || true; fi
+    done
+fi
+
+if ((requeue)); then
+    saved=$(find "$RUN_DIR" -maxdepth 1 -name 'checkpoint_rank_*.pt' -newer "$mark" 2>/dev/null |
+        sed 's/.*checkpoint_rank_\([0-9]*\).*/\1/' | sort -u | wc -l)
+    rm -f "$mark"
+    say "$saved of $ranks ranks have saved since"
+    if ((SECONDS >= deadline)); then say "warning: not every rank has left in $SAVE_SECONDS s"; fi
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        say "error: not requeued: go on by sbatch train.frontier.sh --resume $RUN_DIR"
+        exit 1
+    fi
+    exit 0
+fi
+wait "$step" || status=$?
+"$VENV_PYTHON" watch.py "$RUN_DIR" --once || status=$((status ? status : $?))
+exit "$status"

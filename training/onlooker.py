@@ -1,0 +1,292 @@
+"""A population as its files tell of it: read again and again by somebody who takes no part. Nothing here writes."""
+
+import json
+import re
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from gossip.registry import rank_file, rank_files, read_entry, read_ranking
+from gossip.sightings import Sightings
+from training.metrics import MISSING
+from training.tail import TableTail
+
+COUNTS = ("won", "lost", "averaged", "rolled_back", "tied", "failed", "busy")
+FLOW_MINUTES = 5
+FEW = 32  # ranks whose own entries are read at every look; of more the leader's fold is, while it moves
+STILL_SECONDS = 10.0  # after which a fold that does not move is not enough
+TREND_ROWS = 2000
+_ELITE = re.compile(r"checkpoint_rank_(\d+)_step_(\d+)_loss_([\d.]+|NA)\.pt")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one rank; losses in nats per byte, None where a value is not known.
+
+    loss: the newest moving average; trend: that of the rows read, oldest first; best: its fitness at its best;
+    beat_seconds: since its last sign of life; counts: by COUNTS.
+    """
+
+    rank: int
+    state: str
+    loss: float | None
+    trend: tuple[float, ...]
+    best: float | None
+    held_out: float | None
+    step: int | None
+    bytes_per_s: float | None
+    beat_seconds: float | None
+    counts: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Elite:
+    """A checkpoint among the population's best; loss in nats per byte."""
+
+    rank: int
+    step: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class View:
+    """The population at one look. flow: merges by (sender, receiver) in the FLOW_MINUTES before flow_until, the newest
+    event there is; None without any; over: every rank that was seen has left."""
+
+    rows: tuple[Row, ...]
+    elites: tuple[Elite, ...]
+    flow: dict[tuple[int, int], int]
+    flow_until: datetime | None
+    over: bool
+
+
+class Metrics:
+    """One rank's metrics as far as they were read."""
+
+    def __init__(self, path: Path) -> None:
+        self.tail = TableTail(path)
+        self.values: dict[str, float] = {}
+        self.trend: deque[float] = deque(maxlen=TREND_ROWS)
+
+    def read(self) -> None:
+        """Take in what is new: each column's newest number, and the losses on their way. Raises OSError."""
+        for row in self.tail.read():
+            numbers = {name: number for name, cell in row.items() if (number := _number(cell)) is not None}
+            self.values.update(numbers)
+            if "ema_loss" in numbers:
+                self.trend.append(numbers["ema_loss"])
+
+
+class Flow:
+    """The merges of the last minutes, from the event logs of all ranks, on the clock of who wrote them."""
+
+    def __init__(self) -> None:
+        self.until: datetime | None = None
+        self._merges: list[tuple[datetime, int, int]] = []
+
+    def add(self, rows: Iterable[dict[str, str]]) -> None:
+        """Take in rows of one event log."""
+        for row in rows:
+            try:
+                when = datetime.fromisoformat(row["timestamp"].replace("Z", "+00:00"))
+                self.until = max(self.until or when, when)
+                if row["event"] in ("merged", "averaged"):
+                    self._merges.append((when, int(row["peer"]), int(row["rank"])))
+            except (KeyError, ValueError, TypeError):  # of another version, or torn where a disk was full
+                continue
+
+    def counted(self) -> dict[tuple[int, int], int]:
+        """How often weights went from one rank to another."""
+        if self.until is not None:
+            since = self.until - timedelta(minutes=FLOW_MINUTES)
+            self._merges = [merge for merge in self._merges if merge[0] > since]
+        return dict(Counter((sender, receiver) for _, sender, receiver in self._merges))
+
+
+class Onlooker:
+    """Reads a run's files, each byte of growing ones once, and notices on its own clock which ranks move no more."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._population = run_dir / "population"
+        self._sightings = Sightings(liveness_seconds(run_dir))
+        self._began = time.monotonic()
+        self._beats: dict[int, tuple[tuple[str, int], float]] = {}  # the newest sign of life, and when it came
+        self._ranking: dict[str, Any] = {}
+        self._ranking_moved = self._began
+        self._metrics: dict[int, Metrics] = {}
+        self._flow = Flow()
+        self._logs: dict[Path, TableTail] = {}
+        self._next = 0
+
+    def look(self, seconds: float = float("inf")) -> View:
+        """The population as its files are now; tables are read for `seconds` at most, and the others at later looks."""
+        now = time.monotonic()
+        self._read_registry(now)
+        for path in self.run_dir.glob("metrics/rank_*.tsv"):
+            self._metrics.setdefault(int(path.stem.removeprefix("rank_")), Metrics(path))
+        self._find_logs()
+        self._read_tables(now + seconds)
+        entries = self._sightings.entries
+        rows = tuple(self._row(rank, now) for rank in sorted(self._metrics.keys() | entries.keys()))
+        over = bool(entries) and all(self._sightings.left(rank) for rank in entries)
+        return View(rows, read_elites(self.run_dir), self._flow.counted(), self._flow.until, over)
+
+    def _read_registry(self, now: float) -> None:
+        try:
+            ranking = read_ranking(self._population)
+        except (OSError, ValueError):
+            ranking = {}
+        if _stamp(ranking) != _stamp(self._ranking):
+            self._ranking_moved = now
+        self._ranking = ranking
+        for entry in ranking.get("members", ()):
+            self._sightings.observe(entry, now)
+        first = not self._beats
+        if first or len(self._beats) <= FEW or now - self._ranking_moved > STILL_SECONDS:
+            for rank, path in rank_files(self._population) if self._population.is_dir() else []:
+                try:
+                    self._sightings.observe(read_entry(rank, path), now)
+                except (OSError, ValueError):  # torn, or just replaced: what was seen before stays
+                    continue
+        for rank, entry in self._sightings.entries.items():
+            sign = entry["incarnation"], entry["sequence"]
+            if rank not in self._beats:  # when it came is not known on this clock: the file's own time has to do
+                self._beats[rank] = sign, now - _age(rank_file(self._population, rank))
+            elif self._beats[rank][0] != sign:
+                self._beats[rank] = sign, now
+
+    def _find_logs(self) -> None:
+        name = self.run_dir.resolve().name
+        for folder in _log_places(self.run_dir) if not self._logs else ():
+            found = (folder / "gossip_logs").glob(f"{name}_rank_*.tsv")
+            self._logs = {path: TableTail(path) for path in found}
+            if self._logs:
+                return
+        if len(self._logs) < len(self._metrics):
+            for path in next(iter(self._logs)).parent.glob(f"{name}_rank_*.tsv") if self._logs else ():
+                self._logs.setdefault(path, TableTail(path))
+
+    def _read_tables(self, deadline: float) -> None:
+        tables = [*self._metrics.values(), *self._logs.values()]
+        for _ in tables:
+            table = tables[self._next % len(tables)]
+            self._next += 1
+            try:
+                table.read() if isinstance(table, Metrics) else self._flow.add(table.read())
+            except OSError:  # it may answer at the next look
+                continue
+            if time.monotonic() > deadline:
+                return
+
+    def _row(self, rank: int, now: float) -> Row:
+        beat = self._beats.get(rank)
+        metrics = self._metrics.get(rank)
+        return make_row(
+            rank,
+            self._state(rank, now),
+            self._sightings.entries.get(rank, {}),
+            metrics.values if metrics else {},
+            tuple(metrics.trend) if metrics else (),
+            None if beat is None else max(0.0, now - beat[1]),
+        )
+
+    def _state(self, rank: int, now: float) -> str:
+        if rank not in self._sightings.entries:
+            return "unknown"  # it has metrics alone: no shared registry
+        if self._sightings.left(rank):
+            return "left"
+        still = now - self._began >= self._sightings.timeout_seconds and not self._sightings.live(rank, now)
+        if still or (self._ranking and rank not in self._ranking["live"]):
+            return "silent"
+        return "leads" if rank == self._ranking.get("leader") else "running"
+
+
+def make_row(
+    rank: int,
+    state: str,
+    entry: dict[str, Any],
+    metrics: dict[str, float],
+    trend: tuple[float, ...] = (),
+    beat_seconds: float | None = None,
+) -> Row:
+    """One rank's row from what it published last, and where it did not, from its metrics."""
+
+    def value(name: str) -> Any:
+        found = entry.get(name)
+        return found if isinstance(found, int | float) else metrics.get(name)
+
+    best, step = value("best_fitness"), value("step")
+    return Row(
+        rank=rank,
+        state=state,
+        loss=metrics.get("ema_loss", value("fitness")),
+        trend=trend,
+        best=metrics.get("ema_loss") if best is None else best,
+        held_out=metrics.get("val_loss"),
+        step=None if step is None else int(step),
+        bytes_per_s=value("bytes_per_s"),
+        beat_seconds=beat_seconds,
+        counts=tuple(None if value(name) is None else int(value(name)) for name in COUNTS),
+    )
+
+
+def read_elites(run_dir: Path) -> tuple[Elite, ...]:
+    """The population's best checkpoints, best first, by the names that the links point to."""
+    found = []
+    for link in sorted(run_dir.glob("elite_*.pt")):
+        try:
+            match = _ELITE.fullmatch(link.readlink().name)
+        except OSError:  # replaced meanwhile
+            continue
+        if match:
+            found.append(Elite(int(match[1]), int(match[2]), None if match[3] == MISSING else float(match[3])))
+    return tuple(found)
+
+
+def liveness_seconds(run_dir: Path) -> float:
+    """How long a rank of this run may stand still before it counts as dead."""
+    try:
+        return float(json.loads((run_dir / "config.json").read_text())["options"]["population"]["gossip_liveness"])
+    except (OSError, ValueError, KeyError):  # a run that has only begun
+        return 30.0
+
+
+def thinned(values: tuple[float, ...], places: int) -> list[float]:
+    """`places` means of equally many neighbours each, or all values where there are fewer."""
+    if len(values) <= places:
+        return list(values)
+    edges = [round(place * len(values) / places) for place in range(places + 1)]
+    return [statistics.fmean(values[edges[place] : edges[place + 1]]) for place in range(places)]
+
+
+def _log_places(run_dir: Path) -> list[Path]:
+    """Where gossip_logs/ may be: where the run was started; else, as it was moved, beside it or above that."""
+    try:
+        started = [Path(json.loads((run_dir / "config.json").read_text())["working_directory"])]
+    except (OSError, ValueError, KeyError, TypeError):  # a run that has only begun
+        started = []
+    return [*started, *run_dir.resolve().parents[:2]]
+
+
+def _stamp(ranking: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(ranking.get(name) for name in ("leader", "incarnation", "sequence"))
+
+
+def _age(path: Path) -> float:
+    try:
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:
+        return 0.0
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return None if cell == MISSING else float(cell)
+    except ValueError:
+        return None

@@ -37,7 +37,7 @@ if given --help -h; then
     exec "$VENV_PYTHON" train.py --help
 fi
 if [ -z "$CORES" ]; then
-    CORES=$("$VENV_PYTHON" -m runtime.locality)
+    CORES=$("$VENV_PYTHON" -m runtime.gpu_cores)
 fi
 # shellcheck disable=SC2206  # words, not one word
 cores=($CORES)

@@ -1,32 +1,15 @@
-"""Which cores are near which GPU, and how the ranks of a host share them.
-
-python -m runtime.locality      # the cores for each NVIDIA GPU that torch sees, in torch's numbering, a line each
-"""
+"""Which cores are near which GPU, and how the ranks of a host share them."""
 
 import contextlib
 import itertools
 import os
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from runtime.arguments import ArgumentParser, run_main
 from runtime.errors import UserError
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 CPUS = Path("/sys/devices/system/cpu")
-
-
-def main(arguments: list[str]) -> None:
-    """The command line. Raises UserError without an NVIDIA GPU."""
-    ArgumentParser(prog="python -m runtime.locality", description=__doc__.splitlines()[0]).parse_args(arguments)
-    import torch  # the launcher reads core lists without it
-
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        raise UserError("expected an NVIDIA GPU that torch can use, got none: see ./check_gpus.sh, or train on the CPU")
-    devices = [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
-    for cores in cores_near(devices, bus_addresses(_nvidia_smi()), os.sched_getaffinity(0)):
-        print(format_cores(cores))
 
 
 def cores_near(
@@ -70,21 +53,13 @@ def _kernel_address(bus: str) -> str:
     return f"{int(domain, 16):04x}:{rest.lower()}"
 
 
-def _nvidia_smi() -> str:
-    command = ["nvidia-smi", "--query-gpu=uuid,pci.bus_id", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"expected nvidia-smi to list the GPUs, got {error}: see ./check_gpus.sh") from None
-
-
 def parse_cores(text: str) -> set[int]:
     """The cores of a list such as 0-3,8. Raises UserError."""
     cores: set[int] = set()
     try:
         for part in text.strip().split(","):
-            low, _, high = part.partition("-")
-            cores.update(range(int(low), int(high or low) + 1))
+            low, dash, high = part.partition("-")
+            cores.update(range(int(low), int(high if dash else low) + 1))
     except ValueError:
         raise UserError(f"expected a list of cores such as 0-3,8, got {text.strip()!r}") from None
     return cores
@@ -114,7 +89,3 @@ def bound(cores: set[int] | None) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -15,7 +15,7 @@ from bench.evolution.policy import DIVERGING, Conditions, parse_arm
 from bench.evolution.real import flags_of, run_real
 from bench.evolution.replica import Replica
 from bench.evolution.report import plot, rows_of
-from bench.evolution.trial import Setting, rate_factors, run_trial
+from bench.evolution.trial import Setting, _readers, rate_factors, run_trial
 from gossip.fitness_tracker import FitnessTracker
 from mingru.minLM import MinLM
 from runtime.errors import UserError
@@ -249,6 +249,15 @@ def test_evolution_corrupted_data_reach_the_last_replicas_alone(corpus):
     assert corrupted[0] == clean[0] and corrupted[1] > clean[1]
 
 
+def test_evolution_interleaved_lanes_begin_all_over_the_data(corpus):
+    training = corpus.split(0.2)[0]
+    begun = {}
+    for interleave in (0, 1):
+        readers = _readers(setting(), Conditions(interleave=interleave), 2, 1, training)
+        begun[interleave] = [[int(place * 4 / len(training)) for place in reader.positions] for reader in readers]
+    assert begun == {0: [[0, 1], [2, 3]], 1: [[0, 2], [1, 3]]}
+
+
 def test_evolution_rates_are_spread_and_scaled():
     assert rate_factors(Conditions(spread=8), 4) == pytest.approx([0.25, 0.5, 1, 2])
     assert rate_factors(Conditions(lr=2, diverging=1), 3) == [2, 2, 2 * DIVERGING]
@@ -284,7 +293,7 @@ def test_evolution_arms_have_one_label_and_all_options():
     assert arm.label == "pair_mean:p=0.05,payload=weights"
     assert arm.in_full() == {
         "policy": "pair_mean", "p": "0.05", "payload": "weights", "wire": "fp32", "rollback": "inf", "replicas": "0",
-        "lr": "1", "spread": "1", "corrupt": "0", "diverging": "0",
+        "lr": "1", "spread": "1", "corrupt": "0", "diverging": "0", "interleave": "0",
     }  # fmt: skip
     assert [parse_arm(text, POLICIES).label for text in DEFAULT_ARMS] == list(DEFAULT_ARMS)
 

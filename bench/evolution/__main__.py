@@ -6,6 +6,7 @@ and --table shows what there is at any moment.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from training.data import Corpus
 from training.options import OptimizerOptions, PopulationOptions
 from training.probe import affordable_windows
 
+WIDTH = 160  # of a table that goes to a file or a pipe
+
 
 def main(argv: Sequence[str]) -> int:
     """Run what was asked for and has no result yet, then show all results of the folder."""
@@ -39,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         failed = run(given, output)
     results = read_results(output)
     if given.combined:
-        write_result(Path(given.combined), "evolution", {"results": results})
+        kept = [{name: value for name, value in result.items() if name != "trace"} for result in results]
+        write_result(Path(given.combined), "evolution", {"results": kept})
     show(results, given)
     return 1 if failed else 0
 
@@ -80,7 +84,7 @@ def setting_of(given: argparse.Namespace, corpus: Corpus) -> Setting:
 
 def show(results: list[dict], given: argparse.Namespace) -> None:
     """A table for each setting, and a plot of the last."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for setting, group in by_setting(results).items():
         rows = rows_of(group, given.against)
         if given.markdown:
@@ -123,7 +127,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--against", default="solo", help="arm that the others are paired with, by seed (default: %(default)s)")
     add("--table", action="store_true", help="run nothing, show what there is")
     add("--markdown", action="store_true", help="the table for a document")
-    add("--combined", help="write all results into this one file")
+    add("--combined", help="write all results, without their course over the steps, into this one file")
     add("--plot", help="picture to draw (.svg, .pdf, .png): bytes against loss; needs R with ggplot2")
     for name in ("cuda", "rocm", "cpu"):
         add(f"--{name}", action="store_true")

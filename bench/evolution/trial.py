@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,6 +135,10 @@ def rate_factors(conditions: Conditions, replicas: int) -> list[float]:
 def _readers(setting: Setting, conditions: Conditions, ranks: int, seed: int, training: Region) -> Iterator[Reader]:
     for rank in range(ranks):
         reader = LaneReader(training, setting.batch_size, setting.chunk_size, rank=rank, world_size=ranks, seed=seed)
+        if conditions.interleave:
+            parts = np.arange(setting.batch_size) * ranks + rank
+            places = np.random.default_rng((seed, rank)).random(setting.batch_size)
+            reader.positions = ((parts + places) / (ranks * setting.batch_size) * len(training)).astype(np.int64)
         yield NoiseReader(reader, seed + rank) if rank >= ranks - conditions.corrupt else reader
 
 

@@ -1,4 +1,4 @@
-"""Prints the cores for each NVIDIA GPU that torch sees, in torch's numbering, a line each: python -m runtime.gpu_cores"""
+"""Prints the cores for each NVIDIA GPU that torch sees, in its numbering, a line each: python -m runtime.gpu_cores"""
 
 import os
 import subprocess

@@ -202,3 +202,35 @@ def test_launch_refuses_bad_input_with_status_2(arguments, said):
     command = [sys.executable, "-m", "runtime.launch", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr
+
+
+# A rank that says when it was asked to leave, and goes on until its input ends.
+LEAVER = """
+import os, signal, sys
+from runtime.signals import SignalFlags
+flags = SignalFlags().install()
+os.write(1, b"%d\\n" % os.getpid())
+for _ in range(3):
+    while not flags.stop:
+        signal.pause()
+    flags.stop = False
+    os.write(1, b"asked\\n")
+"""
+
+
+def test_launch_of_a_task_passes_on_what_does_no_harm_if_it_came_already(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LEAVER)
+    told = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_PROCID": "5", "SLURM_NPROCS": "8", "SLURM_LOCALID": "1"}
+    command = [sys.executable, "-m", "runtime.launch", "--task", "--", str(script)]
+    with subprocess.Popen(command, cwd=ROOT, env=told, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            rank = int(process.stdout.readline())
+            os.kill(rank, signal.SIGTERM)  # as Slurm may send it to every process of a task
+            expect_lines(process, "asked")
+            for number in (signal.SIGTERM, signal.SIGUSR2):
+                process.send_signal(number)
+                expect_lines(process, "asked")
+            assert process.wait(20) == 0
+        finally:
+            process.kill()

@@ -305,7 +305,7 @@ class Trainer:
         mixes = self.mixes()
         row = {
             "rank": self.parts.run.rank, "time_s": totals.seconds, "loss": self.loss, "ema_loss": ema,
-            "val_loss": self.val_loss, "lr": self.weights.lr, "grad_norm": self.grad_norm, **self.status(),
+            "val_loss": self.val_loss, "grad_norm": self.grad_norm, **self.status(), "lr": self.weights.lr,
             "step": totals.step, "documents": totals.documents, "lineage": totals.lineage,
             "bytes_sent": mixes["bytes_sent"], "bytes_received": mixes["bytes_received"],
             "probe_loss": self.parts.fitness.value if self.parts.fitness.kind == "probe" else None,

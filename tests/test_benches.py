@@ -18,4 +18,4 @@ def test_exchange_bench_prints_its_figures(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.exchange", "--megabytes", "1", "--repeats", "1"])
     exchange.main()
     printed = capsys.readouterr().out
-    assert printed.startswith("state           1 MB") and "GB/s" in printed and "step boundary" in printed
+    assert printed.startswith("state          13 MB") and "GB/s" in printed and "step boundary" in printed

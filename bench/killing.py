@@ -34,6 +34,7 @@ from bench.witness import PHASES, board_of
 from bench.witness import main as train_under_witness
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.launch import rank_environment
+from runtime.ranks import Identity
 
 POLL_SECONDS = 0.005
 ORDER_SECONDS = 30.0  # to come to the ordered phase; then the process is killed wherever it is
@@ -145,7 +146,7 @@ def run_rank(cwd: Path, rank: int, ranks: int, restarts: int, corpus: Path) -> N
     output = os.open(f"output_{rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(rank_environment(rank, ranks, 1, restarts))
+    os.environ.update(rank_environment(Identity(rank, rank, ranks, ranks, "launcher"), 1, restarts))
     torch.set_num_threads(1)
     sys.argv = ["train.py", *FLAGS, "--data", str(corpus)]
     run_main(train_under_witness)

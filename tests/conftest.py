@@ -10,6 +10,9 @@ import torch
 
 import train
 
+# A shell that starts the tests in the background lets them ignore Ctrl-C, which every process started here would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 WORDS = "the quick brown fox jumps over a lazy dog and runs far away from every hungry wolf in this deep forest".split()
 
 # The smallest run that still has layers, lanes, documents and a held-out part.

@@ -9,7 +9,7 @@ import pytest
 from bench.injection import Injection
 from gossip.faults import Fault, ProtocolError
 from gossip.handshake import ANSWERER, CALLER, authenticate, proof, run_key
-from gossip.protocol import OPENING_BYTES, encode_opening
+from gossip.protocol import OPENING_BYTES, VERSION, encode_opening
 from gossip.wire import Wire
 
 SECRET = bytes(range(32))
@@ -94,8 +94,9 @@ def test_authenticate_tells_a_stranger_nothing_but_a_nonce():
     ("opening", "fault"),
     [
         (b"GET / HTTP/1.1\r\nHost: rank0\r\n\r\n".ljust(OPENING_BYTES), Fault.BAD_MAGIC),
-        (b"gruboros\x00\x02" + bytes(32), Fault.WRONG_VERSION),
+        (b"gruboros" + (VERSION + 1).to_bytes(2, "big") + bytes(32), Fault.WRONG_VERSION),
     ],
+    ids=["http", "newer"],
 )
 def test_authenticate_is_silent_to_what_does_not_speak_this_version(opening, fault):
     def stranger(peer):

@@ -72,7 +72,7 @@ def speeds(processes, condition):
 @pytest.mark.parametrize("fitness", [1.0, 9.0], ids=["sends", "receives"])
 def test_a_rank_whose_peers_host_vanishes_mid_transfer_ends_it_by_the_deadline_and_goes_on(trio, tmp_path, fitness):
     survivor, lost, third = trio
-    options = {"items": LARGE, "merge_method": "clonal", "exchange_seconds": 2.0}
+    options = {"items": LARGE, "method": "clonal", "exchange_seconds": 2.0}
     survivor.begin(tmp_path, 0, value=3.0, fitness=fitness, peers=[third.address], **options)
     lost.begin(tmp_path, 1, value=5.0, fitness=5.0, peers=[survivor.address], **options)
     third.begin(tmp_path, 2, value=7.0, fitness=5.0, peers=[survivor.address], **options)
@@ -112,7 +112,7 @@ def test_ranks_train_on_through_a_partition_and_mix_again_after_it(trio, tmp_pat
 def test_an_exchange_over_a_slow_link_completes_and_does_not_slow_training_down(trio, tmp_path):
     one, other, _ = trio
     pair = one, other
-    options = {"items": LARGE, "merge_method": "clonal"}
+    options = {"items": LARGE, "method": "clonal"}
     one.begin(tmp_path, 0, value=3.0, fitness=1.0, peers=[other.address], **options)
     other.begin(tmp_path, 1, value=5.0, fitness=2.0, **options)
     one.host.slow_down(MBITS)
@@ -172,7 +172,7 @@ def test_a_rank_listens_on_the_chosen_interface_alone(trio, tmp_path):
 def proxied(folder, seconds=PATIENCE, **badly):
     """(caller, answerer, proxy): the caller, of threes, is the fitter one; the proxy is as bad as it is told to be."""
     shapes = ((400, 400),)  # about 2 MB of state, more than sockets hold
-    options = {"exchange_seconds": seconds, "merge_method": "clonal"}
+    options = {"exchange_seconds": seconds, "method": "clonal"}
     answerer = Rank(folder, 1, state=make_state(5.0, shapes), **options)
     with ranks(answerer), Proxy(answerer.where, **badly) as proxy:
         caller = Rank(folder, 0, state=make_state(3.0, shapes), peers=(proxy.address,), **options)

@@ -150,7 +150,7 @@ def test_signals_in_the_middle_of_a_save_or_merge_wait_for_its_end(hold, tmp_pat
         log = log_of(tmp_path, rank)
         assert "(asked for by a signal)" in log and "stopped by a signal" in log
         if moment == "merge":
-            assert re.search(r"merged +rank", log).start() < log.index("(asked for by a signal)")
+            assert re.search(r"(merged|averaged) +rank", log).start() < log.index("(asked for by a signal)")
     assert_resumes(run_train, tmp_path)
 
 
@@ -208,7 +208,7 @@ def test_memory_that_is_out_on_the_network_thread_ends_a_conversation_and_no_mor
     target, ends = PLACES[place]
     answerer = Rank(tmp_path, 1, 5.0, method="clonal", exchange_seconds=2.0)
     with ranks(answerer):
-        options = {"peers": (answerer.node.address,), "merge_method": "clonal", "exchange_seconds": 2.0}
+        options = {"peers": (answerer.node.address,), "method": "clonal", "exchange_seconds": 2.0}
         with ranks(Rank(tmp_path, 0, 3.0, **options)) as (caller,):
             caller.fitness, answerer.fitness = 1.0, 2.0
             pair = caller, answerer

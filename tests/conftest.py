@@ -10,8 +10,9 @@ import torch
 
 import train
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, which every process started here would inherit.
+# Started in the background, or by nohup, the tests ignore these signals, and every process that they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 WORDS = "the quick brown fox jumps over a lazy dog and runs far away from every hungry wolf in this deep forest".split()
 

@@ -47,8 +47,9 @@ def main(arguments: list[str]) -> int:
     signals = SignalFlags().install()
     given = parse_arguments(arguments, __doc__.splitlines()[0])
     identity = identity_from_environment(os.environ)
-    is_first = identity.rank == 0
     options, run, goes_on = setup.choose_run(given, identity)
+    shared = options.population.filesystem_coordinator
+    is_first = identity.rank == 0 or (identity.local_rank == 0 and not shared)  # of those with this folder and terminal
     population = setup.gossip_config(options)
     device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
     setup.check_environment(device)
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> int:
             log.begin_anew()
             set_aside(run.event_log)
     remove_leftovers(run.path, identity.rank)
-    if is_first or (identity.local_rank == 0 and not options.population.filesystem_coordinator):
+    if is_first:
         run.write_config(options, config, parameters, identity, str(device))  # once a run, or a host, as folders go
     events = EventLog(run.event_log, identity.rank, tell=log.mix)
     archive_dice = random.Random()

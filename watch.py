@@ -108,7 +108,8 @@ def summary(view: View, shown: int) -> str:
     states: dict[str, int] = defaultdict(int)
     for row in view.rows:
         states["running" if row.state == "leads" else row.state] += 1
-    parts = [f"{len(view.rows)} ranks ({', '.join(f'{count} {state}' for state, count in states.items())})"]
+    ranks = "1 rank" if len(view.rows) == 1 else f"{len(view.rows)} ranks"
+    parts = [f"{ranks} ({', '.join(f'{count} {state}' for state, count in states.items())})"]
     if shown < len(view.rows):
         parts.append(f"{shown} shown")
     leader = next((row.rank for row in view.rows if row.state == "leads"), None)

@@ -49,7 +49,9 @@ def test_ranks_by_hand_on_two_hosts_meet_without_a_shared_folder(text, tmp_path)
         for rank, world in enumerate(worlds):
             world.eventually(lambda world=world, rank=rank: world.events(rank, *TALKS))
         for rank, world in enumerate(worlds):
+            process = world.processes[rank]
             world.stop(rank)
+            assert "(stopped by a signal)" in world.said(process)  # each has a terminal of its own
             assert {file.rank for file in world.checkpoints()} == {rank}
 
 

@@ -6,6 +6,8 @@ Wiring only: options become parts, parts become a Trainer, which runs. A launche
 starts many of these processes; alone, this one is a population of one.
 """
 
+import runtime.packages  # noqa: F401  # isort: skip
+
 import math
 import os
 import random

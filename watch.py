@@ -4,6 +4,8 @@ python watch.py runs/local_20260101_120000           # again every 2 s, until al
 python watch.py runs/local_20260101_120000 --once
 """
 
+import runtime.packages  # noqa: F401  # isort: skip
+
 import statistics
 import threading
 import time

@@ -6,6 +6,8 @@ Wiring only: options become parts, parts become a Trainer, which runs. A launche
 starts many of these processes; alone, this one is a population of one.
 """
 
+import runtime.packages  # noqa: F401  # isort: skip
+
 import functools
 import math
 import os
@@ -71,8 +73,9 @@ def main(arguments: list[str], signals: SignalFlags | None = None) -> int:
 
 def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags) -> int:
     """One process of a rank. What a user can get wrong is found before the run directory is touched."""
-    is_first = identity.rank == 0
     options, run, goes_on = setup.choose_run(given, identity)
+    shared = options.population.filesystem_coordinator
+    is_first = identity.rank == 0 or (identity.local_rank == 0 and not shared)  # of those with this folder and terminal
     population = setup.gossip_config(options)
     device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
     setup.check_environment(device)
@@ -107,8 +110,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
             log.begin_anew()
             set_aside(run.event_log)
     remove_leftovers(run.path, identity.rank)
-    if is_first or (identity.local_rank == 0 and not options.population.filesystem_coordinator):
-        # Once a run, or a host, as folders go.
+    if is_first:  # once a run, or a host, as folders go
         run.write_config(options, config, parameters, identity, str(device), is_new=not goes_on)
     events = EventLog(run.event_log, identity.rank, tell=log.mix)
     archive_dice = random.Random()

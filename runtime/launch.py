@@ -31,7 +31,7 @@ from runtime.errors import UserError
 from runtime.locality import bound, parse_cores
 from runtime.ranks import BEGAN, LAUNCHER, Identity, identity_from_environment
 from runtime.relay import RepeatFilter, relay, write
-from runtime.supervise import LONGEST_PAUSE, Lives, RestartPolicy
+from runtime.supervise import LONGEST_PAUSE, USER_ERROR, Lives, RestartPolicy
 
 # What the launcher is sent -> what each rank is sent. A closed terminal asks the ranks to save and leave.
 FORWARDED = {
@@ -45,6 +45,7 @@ FORWARDED = {
 # So a task's launcher passes on what a rank takes any number of times; Slurm itself ends who does not leave.
 FORWARDED_IN_TASK = {number: signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGUSR2 for number in FORWARDED}
 DRAIN_SECONDS = 5.0
+GATHER_SECONDS = 1.0  # a user's mistake ends all ranks at about one time, and one line tells of them
 
 
 class Launcher:
@@ -71,6 +72,8 @@ class Launcher:
         self._running: dict[int, subprocess.Popen] = {}
         self._relays: list[threading.Thread] = []
         self._errors = RepeatFilter()
+        self._mistaken: list[int] = []  # ranks that ended by a user's mistake, of which nothing was said yet
+        self._tell_at = math.inf
         # Signal handlers and waiting threads only put things here; the main thread alone acts on them.
         self._events: queue.SimpleQueue[signal.Signals | int] = queue.SimpleQueue()
 
@@ -91,6 +94,8 @@ class Launcher:
                 event = self._events.get(timeout=self._seconds_to_wait())
             except queue.Empty:
                 self._start_due()
+                if self._tell_at <= time.monotonic():
+                    self._tell_of_mistakes()
                 continue
             if isinstance(event, signal.Signals):
                 self._forward(self._forwarded[event])
@@ -98,6 +103,7 @@ class Launcher:
                 self._reap(event)
         for thread in self._relays:
             thread.join(DRAIN_SECONDS)  # a process that a rank left behind may hold the pipe for ever
+        self._tell_of_mistakes()
         in_order = sorted(self._lives, key=lambda lives: lives.ended)
         return exit_status([lives.status for lives in in_order if lives.status != 0])
 
@@ -105,7 +111,7 @@ class Launcher:
         return min((lives.due for lives in self._lives if lives.due is not None), default=math.inf)
 
     def _seconds_to_wait(self) -> float | None:
-        seconds = self._next_start() - time.monotonic()
+        seconds = min(self._next_start(), self._tell_at) - time.monotonic()
         return None if seconds == math.inf else max(0.0, seconds)
 
     def _start_due(self) -> None:
@@ -166,8 +172,18 @@ class Launcher:
 
     def _end(self, place: int, status: int, how: str) -> None:
         outlook = self._lives[place].end(status)
-        if status != 0:
-            write(2, f"rank {self._identities[place].rank} {how}{outlook}\n".encode())
+        rank = self._identities[place].rank
+        if status == USER_ERROR:
+            self._mistaken.append(rank)
+            self._tell_at = min(self._tell_at, time.monotonic() + GATHER_SECONDS)
+        elif status != 0:
+            write(2, f"rank {rank} {how}{outlook}\n".encode())
+
+    def _tell_of_mistakes(self) -> None:
+        if self._mistaken:
+            who = f"rank{'s' * (len(self._mistaken) > 1)} {', '.join(map(str, sorted(self._mistaken)))}"
+            write(2, f"{who} exited with status {USER_ERROR}: not restarted, since that would not help\n".encode())
+        self._mistaken, self._tell_at = [], math.inf
 
 
 def main(arguments: list[str]) -> int:

@@ -62,10 +62,8 @@ class Lives:
         """
         self.status = status
         self.ended = self._clock()
-        if self._stopping or status == 0:
+        if self._stopping or status in (0, USER_ERROR):
             return ""
-        if status == USER_ERROR:
-            return ": not restarted, since that would not help"
         if self.ended - self._began >= self._policy.healthy_seconds:
             self._in_a_row, self._pause = 0, self._policy.restart_seconds
         if self._policy.max_restarts == 0:

@@ -146,6 +146,15 @@ def test_launch_says_how_each_rank_failed_and_exits_with_2_if_any_did(launch):
     assert process.returncode == 2
 
 
+def test_launch_tells_of_a_mistake_of_all_ranks_in_one_line_and_of_that_of_one_at_once(launch):
+    _, errors = launch("import os; os._exit(2)", ranks=3).communicate()
+    assert errors == "ranks 0, 1, 2 exited with status 2: not restarted, since that would not help\n"
+    process = launch("import os, signal; signal.pause() if os.environ['RANK'] == '0' else os._exit(2)", ranks=2)
+    assert process.stderr.readline() == "rank 1 exited with status 2: not restarted, since that would not help\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+
+
 def test_launch_shows_an_error_of_many_ranks_once(launch):
     source = """
 import os

@@ -119,8 +119,9 @@ def test_resume_refuses_what_may_not_change(run_train, flags, message):
 
 def test_resume_refuses_what_is_no_run(run_train, tmp_path):
     (tmp_path / "empty").mkdir()
-    for place in ("empty", "absent"):
-        with pytest.raises(UserError, match=r"config\.json"):
+    (tmp_path / "file").touch()
+    for place, said in (("empty", r"without config\.json"), ("absent", "is no folder"), ("file", "is no folder")):
+        with pytest.raises(UserError, match=f"expected a run directory to resume, got {place}, .*{said}: "):
             train.main(["--resume", place])
 
 

@@ -108,8 +108,11 @@ class RunDirectory:
         try:
             options = json.loads(self.config.read_text())["options"]
             return {group: dict(values) for group, values in options.items()}
-        except FileNotFoundError:
-            raise UserError(f"expected a run directory to resume, got {self.path} without config.json") from None
+        except (FileNotFoundError, NotADirectoryError):
+            got = "without config.json" if self.path.is_dir() else "which is no folder"
+            raise UserError(
+                f"expected a run directory to resume, got {self.path}, {got}: check the path, or start a new run"
+            ) from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"expected a readable config.json in {self.path}, got {error}: mend the file") from None
 

@@ -96,7 +96,7 @@ def test_a_rank_killed_in_a_save_goes_on_from_the_newest_whole_checkpoint(world,
         process.send_signal(signal.SIGUSR1)
         assert world.ended(0) == -signal.SIGKILL
     killed_at = (world.cwd / "trace").read_text()
-    assert f"{name}(" in killed_at and killed_at.count("fsync(") == {"write": 0, "fsync": 1, "rename": 1}[name]
+    assert f"{name}(" in killed_at and ("fsync(" in killed_at) == (name != "write")  # other threads may sync as well
     (left,) = world.temporaries()
     assert left.startswith(".checkpoint_rank_0000_step_") and world.checkpoints() == [whole]
 

@@ -11,6 +11,8 @@ mistake) nor once the launcher was asked to stop. One that dies again and again 
     srun python -m runtime.launch --task -- train.py --data corpus.txt --output run
 
 With --task the launcher keeps the one rank that the environment tells it to be: that of a task of Slurm.
+
+Should the launcher itself be killed, its ranks save and leave: nobody would restart them, nor end them.
 """
 
 import math
@@ -21,12 +23,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.errors import UserError
 from runtime.locality import bound, parse_cores
-from runtime.ranks import Identity, identity_from_environment
+from runtime.ranks import BEGAN, LAUNCHER, Identity, identity_from_environment
 from runtime.relay import RepeatFilter, relay, write
 from runtime.supervise import LONGEST_PAUSE, USER_ERROR, Lives, RestartPolicy
 
@@ -120,7 +123,10 @@ class Launcher:
         pipe = None if place == 0 else subprocess.PIPE
         rank, lives = self._identities[place].rank, self._lives[place]
         lives.begin()
-        told = rank_environment(self._identities[place], self._threads_per_rank, lives.restarts)
+        identity = replace(
+            self._identities[place], restarts=lives.restarts, launcher=os.getpid(), began=lives.first_began
+        )
+        told = rank_environment(identity, self._threads_per_rank)
         try:
             with bound(self._cores[place % len(self._cores)]):
                 process = subprocess.Popen(
@@ -265,16 +271,18 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def rank_environment(identity: Identity, threads_per_rank: int, restarts: int = 0) -> dict[str, str]:
-    """What tells a process who it is, in torchrun's names. restarts: processes of this rank before it."""
-    return {
+def rank_environment(identity: Identity, threads_per_rank: int) -> dict[str, str]:
+    """What tells a process who it is, in torchrun's names and, of its launcher, in some of its own."""
+    told = {
         "RANK": str(identity.rank),
         "LOCAL_RANK": str(identity.local_rank),
         "WORLD_SIZE": str(identity.world_size),
         "LOCAL_WORLD_SIZE": str(identity.local_world_size or ""),  # "": not known
-        "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        "TORCHELASTIC_RESTART_COUNT": str(identity.restarts),
         "OMP_NUM_THREADS": str(threads_per_rank),
     }
+    own = {LAUNCHER: identity.launcher, BEGAN: identity.began}
+    return told | {name: str(value) for name, value in own.items() if value is not None}
 
 
 def exit_status(failures: list[int]) -> int:

@@ -37,6 +37,7 @@ class Lives:
         self._clock = clock
         self._dice = dice
         self._began = 0.0
+        self.first_began: float | None = None  # when the first process did, on the clock
         self._in_a_row = 0
         self._pause = policy.restart_seconds  # seconds, of the next restart, before the dice shorten it
         self._stopping = False
@@ -51,6 +52,8 @@ class Lives:
             self.restarts += 1
         self.due = None
         self._began = self._clock()
+        if self.first_began is None:
+            self.first_began = self._began
 
     def end(self, status: int) -> str:
         """The process ended with `status` (128 + signal if by one): decides `due`, returns how a report of it goes on.

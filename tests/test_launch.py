@@ -48,9 +48,10 @@ def test_default_threads_shares_the_cores(monkeypatch):
 
 
 def test_rank_environment_is_understood_by_ranks():
-    identity = Identity(2, 1, 4, 2, "environment", restarts=0)
+    identity = Identity(2, 1, 4, 2, "environment")
     assert identity_from_environment(rank_environment(identity, 1)) == identity
-    assert identity_from_environment(rank_environment(identity, 1, restarts=3)).restarts == 3
+    again = Identity(2, 1, 4, 2, "environment", restarts=3, launcher=4711, began=12345.678)
+    assert identity_from_environment(rank_environment(again, 1)) == again
 
 
 @pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])

@@ -335,15 +335,15 @@ def test_gossip_flags_reach_the_node_and_the_tracker(run_train, monkeypatch):
     assert content["loss"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_each_rank_reads_its_own_part_of_the_data(run_train, monkeypatch):
+def test_lanes_of_all_ranks_take_turns_over_the_data(run_train, monkeypatch):
     places = {}
     for rank in (0, 1):
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
             monkeypatch.setenv(name, str(value))
         run_dir = run_train("run", "--train_steps", "1", *QUIET)
         lanes = newest(run_dir, rank)["training"]["lanes"]
-        places[rank] = [(position - 32) * 2 // lanes["region_bytes"] for position in lanes["positions"]]
-    assert places == {0: [0, 0], 1: [1, 1]}
+        places[rank] = [(position - 32) * 4 // lanes["region_bytes"] for position in lanes["positions"]]
+    assert places == {0: [0, 2], 1: [1, 3]}
 
 
 def test_help_lists_every_flag_with_its_default(capsys):

@@ -81,11 +81,12 @@ def make_state(megabytes: int) -> tuple[dict[str, Tensor], Schema]:
 
 def measure(setting: Setting) -> Iterator[Row]:
     """Rates of the ways to move a state, then the parts of ours, then a step boundary at which nothing waits."""
-    live, schema = make_state(1 if setting.quick else MEGABYTES)
+    megabytes = 1 if setting.quick else MEGABYTES
+    live, schema = make_state(megabytes)
     size = f"{schema.nbytes / 1e6:.0f} MB"
     party = BenchParty(live, schema, rank=0)
     party.send_buffer.copy_from(live)
-    with _peer(schema.nbytes // 10**6) as (pipe, port):
+    with _peer(megabytes) as (pipe, port):
         ways = ("bare sockets", "conversation", "conversation and merge", "pickled files and merge")
         turns = Turns(setting, {way: lambda way=way: _send(way, pipe, port, party) for way in ways}, rounds=9)
     spare = len(os.sched_getaffinity(0)) >= 4

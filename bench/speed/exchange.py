@@ -143,7 +143,7 @@ def _peer(megabytes: int) -> Iterator[tuple[Connection, int]]:
     """The other process: its pipe, and the port at which it listens."""
     spawn = multiprocessing.get_context("spawn")
     pipe, far_end = spawn.Pipe()
-    process = spawn.Process(target=_receiver, args=(far_end, megabytes))
+    process = spawn.Process(target=_receiver, args=(far_end, megabytes, torch.get_num_threads()))
     process.start()
     far_end.close()
     try:
@@ -154,8 +154,9 @@ def _peer(megabytes: int) -> Iterator[tuple[Connection, int]]:
         process.join()
 
 
-def _receiver(pipe: Connection, megabytes: int) -> None:
+def _receiver(pipe: Connection, megabytes: int, threads: int) -> None:
     """Takes in a state in the way that the pipe names, and says so when it is done."""
+    torch.set_num_threads(threads)
     party = BenchParty(*make_state(megabytes), rank=1)
     own = StateBuffer(party.schema)
     own.copy_from(party.live)

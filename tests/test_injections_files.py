@@ -96,7 +96,7 @@ def test_a_rank_killed_in_a_save_goes_on_from_the_newest_whole_checkpoint(world,
         process.send_signal(signal.SIGUSR1)
         assert world.ended(0) == -signal.SIGKILL
     killed_at = (world.cwd / "trace").read_text()
-    assert f"{name}(" in killed_at and killed_at.count("fsync(") == {"write": 0, "fsync": 1, "rename": 1}[name]
+    assert f"{name}(" in killed_at and ("fsync(" in killed_at) == (name != "write")  # other threads may sync as well
     (left,) = world.temporaries()
     assert left.startswith(".checkpoint_rank_0000_step_") and world.checkpoints() == [whole]
 
@@ -140,6 +140,25 @@ def test_a_full_disk_stops_no_training_and_saves_work_again_once_there_is_space(
             file.write(bytes(4096))
     fails_to_save(live, "No space left on device")
     filler.unlink()
+    saves_again(live)
+
+
+@pytest.mark.injects(Injection.DISK_FULL, Injection.RESTART)
+def test_a_rank_starts_again_on_a_full_disk_and_says_what_it_could_not_save(live):
+    filler = live.run / "filler"
+    with open(filler, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+    live.kill(0)
+    process = live.start(0, restarts=1)
+    fails_to_save(live, "No space left on device")
+    assert "config.json stays as it was (No space left on device)" in live.said(process)
+    live.signal(0, signal.SIGTERM)
+    assert live.ended(0) == 1
+    assert re.search(r"error: rank 0: its last steps, up to \d+, are lost: No space left", live.said(process))
+    assert "Traceback" not in live.said(process)
+    filler.unlink()
+    live.start(0, restarts=2)
     saves_again(live)
 
 

@@ -31,6 +31,7 @@ from gossip.filesystem_coordinator import RankReplaced
 from gossip.fitness_tracker import FitnessTracker
 from gossip.state import Schema
 from mingru.sizing import parameter_count
+from runtime.allocator import keep_freed_memory
 from runtime.arguments import run_main
 from runtime.devices import choose_device
 from runtime.errors import UserError
@@ -79,6 +80,8 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     population = setup.gossip_config(options)
     device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
     setup.check_environment(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = choose_dtype(options.compute.dtype, device)
     check_compiler(options.compute, device)
     held = run.lock() if goes_on else None

@@ -2,25 +2,20 @@
 
 import contextlib
 import json
-import os
-import platform
 import re
 import statistics
-import sys
 from collections import Counter
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 
 from bench.population import ROOT, Population
+from bench.provenance import provenance
 from bench.witness import testimony
 from training.checkpoint import CheckpointFile, list_checkpoints, load_for_use, read_checkpoint
 from training.data import Corpus, Region, validation_chunks
 from training.losses import chunk_loss
-from training.run_directory import git_revision
 
 RESULTS = ROOT / "bench" / "results"
 HELD_OUT_BYTES = 64 * 1024
@@ -86,21 +81,8 @@ def _loss(path: Path, held_out: Region) -> float:
 
 def write_result(path: Path, bench: str, content: dict) -> None:
     """A bench's figures as JSON, with what is needed to judge and to repeat them."""
-    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    told = {
-        "bench": bench,
-        "command": " ".join(["python", "-m", f"bench.{bench}", *sys.argv[1:]]),
-        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {
-            "cpu": model[1] if model else platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        },
-        "versions": {"python": platform.python_version(), "git": git_revision()}
-        | {package: version(package) for package in ("torch", "numpy", "schedulefree", "blake3")},
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(told | content, indent=2) + "\n")
+    path.write_text(json.dumps({"bench": bench} | provenance(f"bench.{bench}") | content, indent=2) + "\n")
 
 
 def spread(values: list[float]) -> dict[str, float]:

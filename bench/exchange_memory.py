@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from bench.evidence import RESULTS, write_result
-from bench.exchange import make_state
+from bench.speed.exchange import make_state
 from gossip.decision import Policy
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode, GossipConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 from gossip.protocol import MERGE_METHODS
 from gossip.state import Rule, Schema
 
-PIECE_ITEMS = 1024 * 1024  # merged at a time, which bounds the scratch memory
+PIECE_ITEMS = 64 * 1024  # merged at a time: the passes over a piece find it in the cache
 
 
 @dataclass(frozen=True)

@@ -131,23 +131,48 @@ def test_minLM_trains_under_autocast():
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
 
 
-def test_norm_equals_torch():
-    """Values and gradients of torch.nn.RMSNorm, in float64 and in bfloat16."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_norm_equals_torch(dtype):
+    """Values and gradients of torch.nn.RMSNorm in float64; values in bfloat16."""
     torch.manual_seed(0)
-    ours, theirs = RMSNorm(24).double(), torch.nn.RMSNorm(24, eps=EPSILON).double()
+    ours, theirs = RMSNorm(24).to(dtype), torch.nn.RMSNorm(24, eps=EPSILON).double()
     with torch.no_grad():
         theirs.weight.normal_()
         ours.load_state_dict(theirs.state_dict())
     inputs, grad, found = torch.randn(3, 5, 24).double(), torch.randn(3, 5, 24).double(), []
-    for norm in (ours, theirs):
-        x = inputs.clone().requires_grad_()
+    for norm, own in ((ours, dtype), (theirs, torch.float64)):
+        x = inputs.to(own).requires_grad_()
         out = norm(x)
-        out.backward(grad)
+        out.backward(grad.to(own))
         found.append((out, x.grad, norm.weight.grad))
+    rtol, atol = (1e-10, 1e-12) if dtype == torch.float64 else (1e-5, 1e-6)
     for mine, expected in zip(*found, strict=True):
-        assert torch.allclose(mine, expected, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(mine.double(), expected, rtol=rtol, atol=atol)
     low = ours.bfloat16()(inputs.bfloat16())
     assert low.dtype == torch.bfloat16 and torch.allclose(low.double(), found[1][0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_norm_keeps_what_is_not_finite_to_its_row(bad):
+    norm, x = RMSNorm(40), torch.ones(3, 2, 40)
+    x[1, 0, 7] = bad
+    out = norm(x)
+    spoilt = ~out.isfinite().all(dim=-1)
+    assert spoilt.nonzero().tolist() == [[1, 0]] and out[0].allclose(torch.ones(2, 40))
+
+
+def test_norm_adds_up_the_rows_of_all_threads():
+    torch.manual_seed(0)
+    x, grads, threads = torch.randn(1, 1000, 48), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            norm = RMSNorm(48)
+            norm(x).square().sum().backward()
+            grads.append(norm.weight.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.allclose(grads[0], grads[1], rtol=1e-4) and torch.equal(grads[1], grads[2])
 
 
 def test_state_selects_lanes_and_detaches():

@@ -130,8 +130,10 @@ COMMANDS: dict[str, Here | Elsewhere] = {
         "tests/test_plot_train.py", "test_plot_train_draws_two_pages_as_png_and_pdf_without_a_display"
     ),
     # measurements
-    "python -m bench.scan": Elsewhere("tests/test_benches.py", "test_scan_bench_prints_times_and_memory_of_each_shape"),
-    "python -m bench.exchange": Elsewhere("tests/test_benches.py", "test_exchange_bench_prints_its_figures"),
+    "python -m bench": Elsewhere("tests/test_benches.py", "test_bench_measures_everything_and_writes_it_down"),
+    "python -m bench training stall": Elsewhere(
+        "tests/test_benches.py", "test_bench_runs_the_benchmarks_that_are_named"
+    ),
     "python -m bench.chaos": Elsewhere("tests/test_chaos.py", "test_chaos_measures_both_populations_alike"),
     "python -m bench.killing": Elsewhere(
         "tests/test_chaos.py", "test_killing_in_the_middle_of_phases_costs_no_whole_checkpoint"

@@ -114,14 +114,17 @@ class Trainer:
             total = total + loss.detach()
             self.totals.bytes_seen += chunk.reset_BT.size
             self.totals.documents += int(chunk.reset_BT.sum())
-        clip = self.hyperparameter("grad_clip") or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
         self.parts.lanes.prefetch()  # while a GPU still computes
         # The step's one wait for the device: nothing is applied that is not finite, and fitness follows each loss.
         total, grad_norm = torch.stack((total, norm)).tolist()
         loss = total / chunks
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
+            clip = self.hyperparameter("grad_clip") or math.inf
+            if grad_norm > clip:  # seldom, once training is under way: a pass over all gradients
+                torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
             self.before_write()
             self.weights.step()
             self.state, self.loss, self.grad_norm = state, loss, grad_norm

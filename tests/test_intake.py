@@ -197,8 +197,8 @@ def test_node_refuses_who_did_harm_for_a_while_and_still_sends_to_it(tmp_path, m
 
         ward.clock.now = FIRST_SECONDS  # trusted again, and harmful again
         ward.call(bad)
-        until(lambda: counted(rank, rolled_back=2), bad, rank)
-        assert "120 s" in last_event(rank)["message"] and ward.unharmed()
+        until(lambda: counted(rank, rolled_back=2) and "120 s" in last_event(rank)["message"], bad, rank)
+        assert ward.unharmed()
 
         ward.clock.now += 2 * FIRST_SECONDS - 1
         ward.set_fitness(bad=2.0, rank=1.0)  # the other direction, from either end

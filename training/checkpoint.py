@@ -125,6 +125,7 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     try:
         behind = path.resolve()  # what a link of the run leads to may change, and what a checkpoint's own name does not
         with open(behind, "rb") as file:
+            file.read(1)  # a disk's error is raised here: is_zipfile() would answer no
             if not zipfile.is_zipfile(file):  # torch's own words for it are of pickles and versions
                 raise ValueError("none, or cut")
             file.seek(0)

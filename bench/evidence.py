@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from bench.population import ROOT, Population
 from bench.witness import testimony
+from runtime.files import atomic_write
 from training.checkpoint import CheckpointFile, list_checkpoints, load_for_use, read_checkpoint
 from training.data import Corpus, Region, validation_chunks
 from training.losses import chunk_loss
@@ -100,7 +101,7 @@ def write_result(path: Path, bench: str, content: dict) -> None:
         | {package: version(package) for package in ("torch", "numpy", "schedulefree", "blake3")},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(told | content, indent=2) + "\n")
+    atomic_write(path, json.dumps(told | content, indent=2) + "\n")
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -14,10 +14,17 @@ import train
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# Files that take longest, or mostly wait, come first: no worker is then left alone with one at the end.
+LONGEST = ("test_slurm.py", "test_scan_triton.py")
+
 WORDS = "the quick brown fox jumps over a lazy dog and runs far away from every hungry wolf in this deep forest".split()
 
 # The smallest run that still has layers, lanes, documents and a held-out part.
 TINY = ["--dim", "16", "--depth", "2", "--batch_size", "2", "--chunk_size", "32", "--cpu", "--val_bytes", "512"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

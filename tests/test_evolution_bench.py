@@ -249,13 +249,13 @@ def test_evolution_corrupted_data_reach_the_last_replicas_alone(corpus):
     assert corrupted[0] == clean[0] and corrupted[1] > clean[1]
 
 
-def test_evolution_interleaved_lanes_begin_all_over_the_data(corpus):
+def test_evolution_parted_lanes_begin_in_a_part_of_the_data_for_each_rank(corpus):
     training = corpus.split(0.2)[0]
     begun = {}
-    for interleave in (0, 1):
-        readers = _readers(setting(), Conditions(interleave=interleave), 2, 1, training)
-        begun[interleave] = [[int(place * 4 / len(training)) for place in reader.positions] for reader in readers]
-    assert begun == {0: [[0, 1], [2, 3]], 1: [[0, 2], [1, 3]]}
+    for parted in (0, 1):
+        readers = _readers(setting(), Conditions(parted=parted), 2, 1, training)
+        begun[parted] = [[int(place * 4 / len(training)) for place in reader.positions] for reader in readers]
+    assert begun == {0: [[0, 2], [1, 3]], 1: [[0, 1], [2, 3]]}
 
 
 def test_evolution_rates_are_spread_and_scaled():
@@ -293,7 +293,7 @@ def test_evolution_arms_have_one_label_and_all_options():
     assert arm.label == "pair_mean:p=0.05,payload=weights"
     assert arm.in_full() == {
         "policy": "pair_mean", "p": "0.05", "payload": "weights", "wire": "fp32", "rollback": "inf", "replicas": "0",
-        "lr": "1", "spread": "1", "corrupt": "0", "diverging": "0", "interleave": "0",
+        "lr": "1", "spread": "1", "corrupt": "0", "diverging": "0", "parted": "0",
     }  # fmt: skip
     assert [parse_arm(text, POLICIES).label for text in DEFAULT_ARMS] == list(DEFAULT_ARMS)
 

@@ -139,7 +139,8 @@ class LaneReader:
     """Lanes that each read a region contiguously, from their own place, round and round.
 
     Chunk k of a lane that began at p holds inputs [p+kT, p+kT+T) and targets one further: no byte is lost between
-    chunks. Lane i of rank r of W ranks begins in the (rB+i)-th of WB equal parts, at a place drawn from the seed.
+    chunks. Lane i of rank r of W ranks begins in the (iW+r)-th of WB equal parts, at a place drawn from the seed: each
+    rank reads all over the region, between the others' lanes.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class LaneReader:
         lanes = world_size * batch_size
         place_in_part = np.random.default_rng((seed, rank)).random(batch_size)
         self._ahead: tuple[np.ndarray, Chunk] | None = None  # a chunk read ahead, and the positions it was read at
-        parts = rank * batch_size + np.arange(batch_size)
+        parts = np.arange(batch_size) * world_size + rank
         self.positions = ((parts + place_in_part) / lanes * len(region)).astype(np.int64) % len(region)
         # A region that ends inside a document: its start must not continue that document.
         self._fresh_start = region.corpus.delimiter is None or int(region.read(len(region) - 1, len(region))[0]) != (

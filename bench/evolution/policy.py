@@ -48,8 +48,8 @@ class Conditions:
 
     replicas: of the population, 0: as --replicas says. lr: over --lr. spread: the rates lie from x1/4 to x2 (for 8),
     evenly in their logarithm, one for each replica. corrupt: so many replicas read random bytes. diverging: so many
-    train at DIVERGING times their rate. interleave: 1, and every rank's lanes begin all over the data, between the
-    others'; 0, and they begin side by side in its own part of the data, as train.py's do.
+    train at DIVERGING times their rate. parted: 1, and each rank's lanes begin side by side, in its own part of the
+    data; 0, and they begin all over the data, between the others', as train.py's do.
     """
 
     replicas: int = 0
@@ -57,7 +57,7 @@ class Conditions:
     spread: float = 1.0
     corrupt: int = 0
     diverging: int = 0
-    interleave: int = 0
+    parted: int = 0
 
 
 DIVERGING = 30.0

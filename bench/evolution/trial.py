@@ -135,8 +135,8 @@ def rate_factors(conditions: Conditions, replicas: int) -> list[float]:
 def _readers(setting: Setting, conditions: Conditions, ranks: int, seed: int, training: Region) -> Iterator[Reader]:
     for rank in range(ranks):
         reader = LaneReader(training, setting.batch_size, setting.chunk_size, rank=rank, world_size=ranks, seed=seed)
-        if conditions.interleave:
-            parts = np.arange(setting.batch_size) * ranks + rank
+        if conditions.parted:
+            parts = rank * setting.batch_size + np.arange(setting.batch_size)
             places = np.random.default_rng((seed, rank)).random(setting.batch_size)
             reader.positions = ((parts + places) / (ranks * setting.batch_size) * len(training)).astype(np.int64)
         yield NoiseReader(reader, seed + rank) if rank >= ranks - conditions.corrupt else reader

@@ -134,7 +134,7 @@ class ModelOptions:
     depth: int | None = _option(None, "number of layers", _whole(1), fixed=True)
     expansion_factor: float = _option(1.5, "width of the recurrence over --dim", _POSITIVE, fixed=True)
     ff_mult: float = _option(4.0, "width of the feed-forward over --dim; 0: no feed-forward", _NOT_NEGATIVE, fixed=True)
-    enable_conv: bool = _option(False, "a causal depthwise convolution of 4 taps before each recurrence", fixed=True)
+    enable_conv: bool = _option(True, "a causal depthwise convolution of 4 taps before each recurrence", fixed=True)
     dropout: float = _option(0.0, "chance that a layer's output element is dropped in training",
                              _real(0, 1, below=True), fixed=True)  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Says whether this machine's GPUs are fit to train on: called by check_gpus.sh, which sees to the environment."""
 
+import runtime.packages  # noqa: F401  # isort: skip
+
 import csv
 import os
 import shutil

@@ -10,6 +10,8 @@ of what went in, then of what was written, read back. The average of models that
 nothing: score it.
 """
 
+import runtime.packages  # noqa: F401  # isort: skip
+
 import argparse
 import sys
 from pathlib import Path

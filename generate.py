@@ -4,6 +4,8 @@ Standard output carries exactly the bytes: the prompt, then its continuation as 
 another, all of the same length, with one byte 0x1e between them. Everything else goes to standard error.
 """
 
+import runtime.packages  # noqa: F401  # isort: skip
+
 import argparse
 import contextlib
 import os

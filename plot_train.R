@@ -15,6 +15,7 @@ PALETTE <- c("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 OTHERS <- "#B8B8B8"
 
 main <- function(arguments) {
+  if (any(arguments %in% c("-h", "--help"))) return(cat(usage()))
   check_packages(c("ggplot2", "minpack.lm"))
   target <- parse_target(arguments)
   place <- find_place(arguments)
@@ -48,6 +49,12 @@ draw <- function(out, pages) {
   cat(path, "\n", sep = "")
 }
 
+# The first lines of this file, as they stand.
+usage <- function() {
+  lines <- readLines(script)[-1]
+  paste0(sub("^# ?", "", lines[seq_len(match(FALSE, startsWith(lines, "#")) - 1)]), "\n", collapse = "")
+}
+
 fail <- function(...) {
   message("error: ", ...)
   quit(status = 2)
@@ -62,10 +69,10 @@ check_packages <- function(names) {
 }
 
 parse_target <- function(arguments) {
-  if (length(arguments) > 2) fail("expected RUN_DIR|FILE.tsv and a target loss, got ", length(arguments), " arguments")
+  if (length(arguments) > 2) fail("expected RUN_DIR|FILE.tsv and a target loss, got ", length(arguments), " arguments: see --help")
   if (length(arguments) < 2) return(NA)
   target <- suppressWarnings(as.numeric(arguments[2]))
-  if (!isTRUE(target > 0)) fail("expected a target loss above 0 in bits per byte, got ", arguments[2])
+  if (!isTRUE(target > 0)) fail("expected a target loss above 0 in bits per byte, got ", arguments[2], ": choose one")
   target
 }
 
@@ -77,13 +84,13 @@ find_place <- function(arguments) {
     newest <- found[which.max(file.mtime(found))]
     path <- dirname(dirname(newest))
   } else path <- sub("/+$", "", arguments[1])
-  if (!file.exists(path)) fail("expected a run directory or a metrics file, got ", path, ", which does not exist")
+  if (!file.exists(path)) fail("expected a run directory or a metrics file, got ", path, ", which does not exist: check the path")
   whole <- dir.exists(path)
   files <- if (whole) Sys.glob(file.path(path, "metrics", "rank_*.tsv")) else path
-  if (!length(files)) fail("expected a run directory, got ", path, ", without metrics/rank_*.tsv")
+  if (!length(files)) fail("expected a run directory, got ", path, ", without metrics/rank_*.tsv: check the path")
   run <- normalizePath(if (whole) path else dirname(dirname(path)))
   out <- if (whole) file.path(path, "plot_train") else sub("[.]tsv$", "", path)
-  if (file.access(dirname(out), 2) != 0) fail("expected to write pictures to ", dirname(out), ", got no right to")
+  if (file.access(dirname(out), 2) != 0) fail("expected to write pictures to ", dirname(out), ", got no right to: copy the run elsewhere")
   config <- read_config(file.path(run, "config.json"))
   logs <- file.path(c(config("working_directory"), dirname(run), dirname(dirname(run))), "gossip_logs")
   has <- vapply(logs, function(log) length(Sys.glob(file.path(log, paste0(basename(run), "_rank_*.tsv")))) > 0, TRUE)

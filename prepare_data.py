@@ -12,6 +12,8 @@ what it means here, a boundary between documents, so it stays (corpora can be jo
 out. All is streamed, so memory does not grow with the files. After a kill the same command goes on where it was.
 """
 
+import runtime.packages  # noqa: F401  # isort: skip
+
 import argparse
 import random
 import sys

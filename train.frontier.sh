@@ -7,8 +7,8 @@
 #     sbatch -N 8 -A abc123 train.frontier.sh    sbatch's own options go before the script, train.py's after it
 #     sbatch train.frontier.sh --resume runs/frontier_1234567
 #
-# Submit from the project's folder, on the parallel filesystem. docs/clusters.md says what happens when, and what of this
-# was never tried on the machine itself.
+# Submit from the project's folder, on the parallel filesystem. docs/clusters.md says what happens when, and what of
+# this was never tried on the machine itself.
 #
 #SBATCH --job-name=gruboros
 #SBATCH --account=abc123
@@ -48,7 +48,8 @@ SAVE_SECONDS=${SAVE_SECONDS:-480}
 # that share an L3 cache (the first is the system's), and the GPU that is nearest to it: Frontier User Guide, "Frontier
 # Compute Nodes".
 GPU_BIND=${GPU_BIND:-map_gpu:4,5,2,3,6,7,0,1}
-CPU_BIND=${CPU_BIND:-mask_cpu:0xfe,0xfe00,0xfe0000,0xfe000000,0xfe00000000,0xfe0000000000,0xfe000000000000,0xfe00000000000000}
+EIGHT_GROUPS=0xfe,0xfe00,0xfe0000,0xfe000000,0xfe00000000,0xfe0000000000,0xfe000000000000,0xfe00000000000000
+CPU_BIND=${CPU_BIND:-mask_cpu:$EIGHT_GROUPS}
 
 # Slurm runs a copy of this script that lies elsewhere.
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"
@@ -61,10 +62,23 @@ source runtime/launching.sh
 
 say() { echo "$(date '+%Y-%m-%d %H:%M:%S') $*" >&2; }
 
+if given --help -h; then
+    sed -n '2,/^#SBATCH/{/^#SBATCH/d; s/^# \{0,1\}//; p}' train.frontier.sh
+    exit 0
+fi
 if [ -z "${SLURM_JOB_ID:-}" ]; then
+    if [ "${#arguments[@]}" -ne 0 ]; then
+        echo "error: expected a job or no arguments, got ${arguments[*]}: give them to sbatch train.frontier.sh" >&2
+        exit 2
+    fi
     ensure_venv rocm-reqs.txt
     echo ".venv is ready: now sbatch train.frontier.sh [ARGUMENT ...]" >&2
     exit 0
+fi
+
+if [ -z "${SLURM_NTASKS_PER_NODE:-}" ]; then
+    echo "error: expected a job of sbatch with --ntasks-per-node, got none: submit by sbatch train.frontier.sh" >&2
+    exit 2
 fi
 
 if type module >/dev/null 2>&1; then

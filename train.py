@@ -6,24 +6,36 @@ Wiring only: options become parts, parts become a Trainer, which runs. A launche
 starts many of these processes; alone, this one is a population of one.
 """
 
+import runtime.packages  # noqa: F401  # isort: skip
+
+import functools
 import math
 import os
 import random
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.signals import SignalFlags
+
+signals = SignalFlags()
+if __name__ == "__main__":
+    signals.install()  # before torch: its import takes seconds, in which any signal would end the process
 
 import torch
 
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode
+from gossip.filesystem_coordinator import RankReplaced
 from gossip.fitness_tracker import FitnessTracker
 from gossip.state import Schema
 from mingru.sizing import parameter_count
 from runtime.arguments import run_main
 from runtime.devices import choose_device
+from runtime.errors import UserError
 from runtime.files import set_aside
-from runtime.ranks import identity_from_environment
-from runtime.signals import SignalFlags
+from runtime.ranks import Identity, identity_from_environment
 from runtime.stderr import say
 from training import setup
 from training.checkpoint import build_model, checkpoint_bytes
@@ -42,13 +54,28 @@ from training.resume import restore
 from training.retention import RetentionPolicy, disk_use, remove_leftovers, retire_later, tidy
 
 
-def main(arguments: list[str]) -> int:
-    """What a user can get wrong is found before the run directory is touched."""
-    signals = SignalFlags().install()
+def main(arguments: list[str], signals: SignalFlags | None = None) -> int:
+    """The command line; signals: where handlers are installed already. Returns the status to exit with."""
+    signals = signals or SignalFlags().install()
     given = parse_arguments(arguments, __doc__.splitlines()[0])
     identity = identity_from_environment(os.environ)
-    is_first = identity.rank == 0
+    if identity.launcher is not None:
+        signals.follow(identity.launcher)
+    try:
+        return run_rank(given, identity, signals)
+    except UserError as error:
+        if not identity.restarts or isinstance(error, RankReplaced):
+            raise
+        # The same command line served before: it is a disk or a network that is at fault, and a later try may help.
+        say(f"error: rank {identity.rank}: {error}")
+        return 1
+
+
+def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags) -> int:
+    """One process of a rank. What a user can get wrong is found before the run directory is touched."""
     options, run, goes_on = setup.choose_run(given, identity)
+    shared = options.population.filesystem_coordinator
+    is_first = identity.rank == 0 or (identity.local_rank == 0 and not shared)  # of those with this folder and terminal
     population = setup.gossip_config(options)
     device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
     setup.check_environment(device)
@@ -83,8 +110,8 @@ def main(arguments: list[str]) -> int:
             log.begin_anew()
             set_aside(run.event_log)
     remove_leftovers(run.path, identity.rank)
-    if is_first or (identity.local_rank == 0 and not options.population.filesystem_coordinator):
-        run.write_config(options, config, parameters, identity, str(device))  # once a run, or a host, as folders go
+    if is_first:  # once a run, or a host, as folders go
+        run.write_config(options, config, parameters, identity, str(device), is_new=not goes_on)
     events = EventLog(run.event_log, identity.rank, tell=log.mix)
     archive_dice = random.Random()
     policy = RetentionPolicy(options.run.keep_checkpoints, options.run.keep_elite, options.run.archive_rate)
@@ -121,7 +148,10 @@ def main(arguments: list[str]) -> int:
     if resumed:
         restore(trainer, resumed.content["training"], moves=resumed.moves)
     retire_later(run.path, identity.rank, trainer.totals.step)
-    trainer.parts.metrics.rewind(trainer.totals.step)
+    try:
+        trainer.parts.metrics.rewind(trainer.totals.step)
+    except OSError as error:
+        trainer.event("metrics_failed", f"rows of steps to be done again stay: {error.strerror or error}")
     log.line(
         f"rank {identity.rank} of {identity.world_size} ({identity.source}) on {device}: {parameters:,} parameters "
         f"(dim {config.dim}, depth {config.depth}), {memory}; {len(training_region):,} bytes to train on"
@@ -139,13 +169,16 @@ def main(arguments: list[str]) -> int:
     if (resumed and resumed.file.rank != identity.rank) or (not resumed and options.run.init_from):
         trainer.save("where it starts")  # what it came from lies elsewhere, and may go
     del resumed  # a whole state
-    deadline = time.monotonic() + options.run.max_minutes * 60 if options.run.max_minutes else None
+    deadline = None
+    if options.run.max_minutes:  # a rank that was restarted ends with the others
+        began = identity.began if identity.restarts else None
+        deadline = (time.monotonic() if began is None else began) + options.run.max_minutes * 60
     progress = None
     if is_first and sys.stderr.isatty():
         progress = Progress(trainer.totals.step, options.run.train_steps, deadline)
     try:
         node.start()
-        if identity.restarts and not trainer.totals.lineage:
+        if identity.restarts:
             node.seek()  # the others have trained since
         trainer.run(math.inf if deadline is None else deadline, progress)
     except TrainingDiverged as error:
@@ -162,8 +195,11 @@ def main(arguments: list[str]) -> int:
         events.close()
         log.close()
         held.close()
+    if trainer.unsaved is not None:
+        say(f"error: rank {identity.rank}: its last steps, up to {trainer.totals.step}, are lost: {trainer.unsaved}")
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(functools.partial(main, signals=signals))

@@ -4,6 +4,8 @@ python watch.py runs/local_20260101_120000           # again every 2 s, until al
 python watch.py runs/local_20260101_120000 --once
 """
 
+import runtime.packages  # noqa: F401  # isort: skip
+
 import statistics
 import threading
 import time
@@ -108,7 +110,8 @@ def summary(view: View, shown: int) -> str:
     states: dict[str, int] = defaultdict(int)
     for row in view.rows:
         states["running" if row.state == "leads" else row.state] += 1
-    parts = [f"{len(view.rows)} ranks ({', '.join(f'{count} {state}' for state, count in states.items())})"]
+    ranks = "1 rank" if len(view.rows) == 1 else f"{len(view.rows)} ranks"
+    parts = [f"{ranks} ({', '.join(f'{count} {state}' for state, count in states.items())})"]
     if shown < len(view.rows):
         parts.append(f"{shown} shown")
     leader = next((row.rank for row in view.rows if row.state == "leads"), None)

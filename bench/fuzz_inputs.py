@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from gossip.faults import Fault
 from gossip.protocol import (
     HEADER_BYTES,
+    LINEAGE_LIMIT,
+    LOSS_LIMIT,
     MERGE_METHODS,
     NONCE_BYTES,
     PROOF_BYTES,
@@ -73,7 +75,7 @@ _FIELDS = {
     "incarnation": _digits.map(lambda number: f"{number:032x}"),
     "step": _counts,
     "generation": _counts,
-    "lineage": _counts,
+    "lineage": st.integers(0, LINEAGE_LIMIT),
     "fitness": _losses,
     "accepts": st.booleans(),
     "flow": st.sampled_from(Flow),
@@ -85,8 +87,8 @@ _FIELDS = {
     "looks": st.integers(1, 2**63 - 1),
     "genes": st.dictionaries(_words, st.floats(1e-9, 1e15), max_size=3),
 }
-_finite = st.floats(allow_nan=False, allow_infinity=False)
-_probed = st.tuples(_digits.map(lambda number: f"{number:032x}"), st.lists(_finite, min_size=1, max_size=4).map(tuple))
+_windows = st.lists(st.floats(0, LOSS_LIMIT), min_size=1, max_size=4).map(tuple)
+_probed = st.tuples(_digits.map(lambda number: f"{number:032x}"), _windows)
 _evidence = st.just((None, ())) | _probed
 
 

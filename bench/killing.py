@@ -146,7 +146,7 @@ def run_rank(cwd: Path, rank: int, ranks: int, restarts: int, corpus: Path) -> N
     output = os.open(f"output_{rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(rank_environment(Identity(rank, rank, ranks, ranks, "launcher"), 1, restarts))
+    os.environ.update(rank_environment(Identity(rank, rank, ranks, ranks, "launcher", restarts), 1))
     torch.set_num_threads(1)
     sys.argv = ["train.py", *FLAGS, "--data", str(corpus)]
     run_main(train_under_witness)

@@ -27,9 +27,9 @@ PATIENCE_SECONDS = 2.0  # for another thread's line, which a hung filesystem may
 class EventLog:
     """Appends events to the TSV file `path`; any thread may write, and neither a full nor a hung disk stops training.
 
-    The file is made with its folders and a header, or continued where it exists. The constructor raises OSError
-    where that cannot be done; later errors are reported once on standard error and counted in `lost`, and the
-    next event tries again. Where the disk hangs, one thread hangs with it: the others lose their events.
+    The file is made with its folders and a header, or continued where it exists. What cannot be written is reported
+    once on standard error and counted in `lost`, and the next event tries again. Where the disk hangs, one thread hangs
+    with it: the others lose their events.
     tell: called on the writing thread with each event that has a peer: event, step, peer, bytes, milliseconds, message.
     """
 
@@ -39,7 +39,11 @@ class EventLog:
         self._tell = tell
         self.lost = 0
         self._lock = threading.Lock()
-        self._descriptor: int | None = self._open()
+        self._descriptor: int | None = None
+        try:
+            self._descriptor = self._open()
+        except OSError as error:
+            self._lose(str(error))
 
     def write(
         self,

@@ -25,6 +25,7 @@ from gossip.ledger import Counters, Ledger
 from gossip.network_utils import join_address, parse_peer
 from gossip.protocol import Hello
 from gossip.reputation import Reputation
+from gossip.seeking import Seeking
 from gossip.snapshot_desk import SnapshotDesk
 from gossip.state import Schema
 from gossip.switchboard import Switchboard
@@ -124,7 +125,7 @@ class EvolutionaryNode:
         self._peer_dice = random.Random(f"peers {seed} {identity.rank}")  # the network thread's
         self._peers = config.peers
         self._reputation = Reputation()
-        self._seeking = False
+        self._seeking = Seeking()
         self._looks = 0, 0  # a generation, and the comparisons that its weights were in; the network thread's
         self._switchboard: Switchboard | None = None
         self._intake: Intake | None = None
@@ -204,13 +205,13 @@ class EvolutionaryNode:
             if delivery is not None:
                 report = self._intake.apply(delivery)
         lucky = self._dice.random() < self._config.mixing_rate
-        if lucky or self._seeking:
+        if self._seeking.is_due(lambda: bool(self._known_addresses())) or lucky:
             self._switchboard.ring()
         return report
 
     def seek(self) -> None:
-        """Call a peer at every step boundary until a conversation, of either end's calling, has ended well."""
-        self._seeking = True
+        """Call peers, less and less often, until a conversation, of either end's calling, has ended well."""
+        self._seeking.begin()
 
     def before_write(self) -> None:
         """Before the weights are written: on a GPU, let the current stream wait for a snapshot's copy in flight."""
@@ -273,7 +274,7 @@ class EvolutionaryNode:
         return self._reputation.distrusts(theirs.incarnation)
 
     def _concluded(self, outcome: Outcome) -> None:
-        self._seeking = False
+        self._seeking.end()
         self._looks = outcome.mine.generation, outcome.mine.looks
 
     def _record(self) -> dict:
@@ -290,10 +291,14 @@ class EvolutionaryNode:
         }
 
     def _choose_peer(self) -> str | None:
+        candidates = self._known_addresses()
+        return self._peer_dice.choice(candidates) if candidates else None
+
+    def _known_addresses(self) -> list[str]:
+        """Of peers that live as far as the registry knows, and of those that the configuration names."""
         roster = self.roster
         registered = [member.address for member in roster.peers(self._identity.rank)] if roster is not None else []
-        candidates = list(dict.fromkeys([*registered, *self._peers]))
-        return self._peer_dice.choice(candidates) if candidates else None
+        return list(dict.fromkeys([*registered, *self._peers]))
 
     def _forget_peer(self, address: str) -> None:
         self._peers = tuple(peer for peer in self._peers if peer != address)

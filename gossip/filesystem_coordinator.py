@@ -182,7 +182,10 @@ class FilesystemCoordinator:
         self._ranking_moved_at = now
         for entry in ranking["members"]:
             if entry["rank"] != self.rank:
+                is_new = entry["rank"] not in self._seen.entries
                 self._seen.observe(entry, now)
+                if is_new and entry["rank"] in ranking["live"]:  # the leader saw it move, and need not be seen so twice
+                    self._seen.vouch(entry["rank"], now)
 
     def _choose_leader(self, now: float) -> int | None:
         """The lowest live rank leads, as far as this rank can tell; two leaders for a moment do no harm.

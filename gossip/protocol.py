@@ -23,6 +23,9 @@ KEY_BYTES = 32
 MAC_BYTES = 32
 MERGE_METHODS = ("clonal", "recombination", "average")
 PROBE_WINDOWS_LIMIT = 256
+LOSS_LIMIT = 1e6  # nats per byte, of a probe window: no comparison of such losses overflows
+LINEAGE_LIMIT = 2**48  # steps: centuries of them
+SCALAR_LIMIT = 1e15  # an optimizer counts and sums: more, squared or as an exponent, would overflow
 
 _OPENING = struct.Struct(f">{len(MAGIC)}sH{NONCE_BYTES}s")
 _HEADER = struct.Struct(">BBHIQ")  # kind, reserved, reserved, length of the body, sequence number
@@ -31,7 +34,6 @@ HEADER_BYTES = _HEADER.size
 _COUNT_LIMIT = 2**63
 _SCALARS_LIMIT = 64
 _GENES_LIMIT = 16
-_SCALAR_LIMIT = 1e15  # an optimizer counts and sums: more, squared or as an exponent, would overflow
 
 
 class Flow(enum.Enum):
@@ -48,10 +50,11 @@ class Hello:
     """Who is speaking, how long its weights have been trained and how fit they are.
 
     incarnation: a nonce of the process, 32 hex digits; generation: counts replacements of the weights other than by a
-    training step; lineage: optimizer steps behind these weights, own or inherited; fitness: a loss in nats per byte,
-    lower is fitter, None while it is not known for these weights; accepts: whether it would take the hearer's weights;
-    probe: digest of the probe's bytes, None where none was measured for these weights; losses: of its windows, nats per
-    byte, at most PROBE_WINDOWS_LIMIT; looks: comparisons since the weights last changed hands, this one included.
+    training step; lineage: optimizer steps behind these weights, own or inherited, LINEAGE_LIMIT for more; fitness: a
+    loss in nats per byte, lower is fitter, None while it is not known for these weights; accepts: whether it would take
+    the hearer's weights; probe: digest of the probe's bytes, None where none was measured for these weights; losses: of
+    its windows, from 0 to LOSS_LIMIT nats per byte, at most PROBE_WINDOWS_LIMIT; looks: comparisons since the weights
+    last changed hands, this one included.
     """
 
     run_id: str
@@ -74,7 +77,7 @@ class Hello:
         _require_hex("incarnation", self.incarnation, digits=32)
         _require_count("step", self.step)
         _require_count("generation", self.generation)
-        _require_count("lineage", self.lineage)
+        _require_lineage(self.lineage)
         if self.fitness is not None:
             _require_finite("fitness", self.fitness)
         _require_truth("accepts", self.accepts)
@@ -85,6 +88,7 @@ class Hello:
         object.__setattr__(self, "losses", tuple(self.losses))
         for loss in self.losses:
             _require_finite("loss", loss)
+            _require(0 <= loss <= LOSS_LIMIT, "loss", f"from 0 to {LOSS_LIMIT:g}", loss)
         _require((self.probe is None) == (not self.losses), "losses", "with a probe, and only then", len(self.losses))
         _require_count("looks", self.looks)
         _require(self.looks >= 1, "looks", "at least 1", self.looks)
@@ -127,7 +131,7 @@ class SnapshotHeader:
     def __post_init__(self) -> None:
         _require_count("step", self.step)
         _require_count("generation", self.generation)
-        _require_count("lineage", self.lineage)
+        _require_lineage(self.lineage)
         _require_count("nbytes", self.nbytes)
         _require_numbers("scalars", self.scalars, _SCALARS_LIMIT)
         _require_numbers("genes", self.genes, _GENES_LIMIT)
@@ -279,6 +283,11 @@ def _require_count(name: str, value: object) -> None:
     _require(type(value) is int and 0 <= value < _COUNT_LIMIT, name, "a whole number from 0", type(value).__name__)
 
 
+def _require_lineage(value: object) -> None:
+    _require_count("lineage", value)
+    _require(value <= LINEAGE_LIMIT, "lineage", f"at most {LINEAGE_LIMIT}", value)
+
+
 def _require_truth(name: str, value: object) -> None:
     _require(type(value) is bool, name, "true or false", value)
 
@@ -288,13 +297,13 @@ def _require_finite(name: str, value: object) -> None:
 
 
 def _require_numbers(name: str, numbers: object, limit: int) -> None:
-    """A dict of at most `limit` names of numbers from 0 to _SCALAR_LIMIT."""
+    """A dict of at most `limit` names of numbers from 0 to SCALAR_LIMIT."""
     fits = isinstance(numbers, dict) and len(numbers) <= limit
     _require(fits, name, f"at most {limit} named numbers", type(numbers).__name__)
     for key, value in numbers.items():
         _require_text(f"name in {name}", key, limit=64)
         _require_finite(name, value)
-        _require(0 <= value <= _SCALAR_LIMIT, name, f"from 0 to {_SCALAR_LIMIT:g}", value)
+        _require(0 <= value <= SCALAR_LIMIT, name, f"from 0 to {SCALAR_LIMIT:g}", value)
 
 
 def _require_text(name: str, value: object, limit: int) -> None:

@@ -33,6 +33,10 @@ class Sightings:
             self.entries[rank] = entry
             self._moved_at[rank] = now
 
+    def vouch(self, rank: int, now: float) -> None:
+        """Somebody who was seen to live says that `rank` does, which was not known before: it counts as moved."""
+        self._moved_at.setdefault(rank, now)
+
     def _is_news(self, entry: dict, known: dict, now: float) -> bool:
         if entry["incarnation"] == known["incarnation"]:
             return entry["sequence"] > known["sequence"]

@@ -15,6 +15,7 @@ from gossip.comparison import Evidence
 from gossip.exchange import Outcome
 from gossip.faults import Fault, ProtocolError
 from gossip.ledger import Talk
+from gossip.protocol import LINEAGE_LIMIT, SCALAR_LIMIT
 from gossip.state import Schema, Snapshot, StateBuffer
 
 COPY_POLL_SECONDS = 0.001
@@ -119,7 +120,9 @@ class SnapshotDesk:
         self, step: int, lineage: int, fitness: float | None, status: dict, evidence: Evidence | None = None
     ) -> None:
         """Say what the weights are now, in the current generation."""
-        self.published = Published(step, lineage, fitness, self.published.generation, status, evidence)
+        # What came from a peer grows by training, and must not grow beyond what peers take: see LINEAGE_LIMIT.
+        counted = min(lineage, LINEAGE_LIMIT)
+        self.published = Published(step, counted, fitness, self.published.generation, status, evidence)
 
     @property
     def waiting(self) -> bool:
@@ -137,7 +140,7 @@ class SnapshotDesk:
             _refuse(request)
             return
         self._copied = self.send_buffer.copy_from(self._live)
-        scalars = {name: float(value) for name, value in self._scalars().items()}
+        scalars = {name: min(float(value), SCALAR_LIMIT) for name, value in self._scalars().items()}
         snapshot = Snapshot(
             self.send_buffer, published.step, published.generation, published.lineage, scalars, dict(self._genes())
         )

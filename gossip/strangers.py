@@ -1,4 +1,4 @@
-"""Callers that have not proved anything yet: how many there may be, how fast they may come, what is said of them."""
+"""Callers that are in no conversation yet: how many there may be, how fast they may come, what is said of them."""
 
 import asyncio
 import socket
@@ -87,12 +87,14 @@ def _others(silence: _Silence) -> str:
 
 
 class Strangers:
-    """The connections that have not authenticated yet. When full, the oldest is closed for the newest.
+    """The connections that have not authenticated yet, or that have and are in no conversation. When full, the oldest
+    is closed for the newest.
 
-    A peer authenticates in milliseconds, so the oldest is a slow one. Each holds a socket, a task and at most 74 bytes
-    that were read from it, about 10 KB in all, and what the kernel takes in unasked for: the first size of a receive
-    buffer (net.ipv4.tcp_rmem, by default 128 KiB). Together with those in the listener's queue
-    (network_utils.BACKLOG, 128) that is at most 64 * 10 KB here and 192 * 128 KiB in the kernel.
+    A peer authenticates and says HELLO in milliseconds, so the oldest is a slow one, or one that is broken. Each holds
+    a socket, a task and at most 74 bytes that were read from it (with the secret: a frame of HELLO, 64 KiB), about 10
+    KB in all, and what the kernel takes in unasked for: the first size of a receive buffer (net.ipv4.tcp_rmem, by
+    default 128 KiB). Together with those in the listener's queue (network_utils.BACKLOG, 128) that is at most 64 * 10
+    KB here, for strangers, and 192 * 128 KiB in the kernel.
     """
 
     def __init__(self, ledger: Ledger, reports: Reports) -> None:
@@ -111,7 +113,7 @@ class Strangers:
         self._tasks[connection] = task
 
     def dismiss(self, connection: socket.socket) -> None:
-        """It has authenticated, or ended."""
+        """It has its conversation, or ended."""
         self._tasks.pop(connection, None)
 
     def fail(self, talk: Talk, error: ProtocolError) -> None:

@@ -39,10 +39,10 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 class Switchboard:
     """Owns the listening socket and every connection of one rank, on one thread that runs an event loop.
 
-    Memory and connections are bounded: one conversation with a peer, which has the buffers of the snapshot desk, one
-    refused as busy for each caller that holds the secret, and strangers as in Strangers. A stranger is refused by a
-    reset, whatever was wrong: it learns nothing from it, and the kernel keeps nothing of it. Where memory is out, the
-    conversation at hand ends.
+    Memory and connections are bounded: one conversation with a peer, which has the buffers of the snapshot desk, and
+    callers that wait for it or have not authenticated as in Strangers. A stranger is refused by a reset, whatever was
+    wrong: it learns nothing from it, and the kernel keeps nothing of it. Where memory is out, the conversation at hand
+    ends.
 
     key: of the run; wire_dtype: see wire_format(); seconds: bound of a whole conversation. Called on the network
     thread: say_hello(address, theirs): what is published now, theirs None for a caller; distrusts(theirs): whether that
@@ -222,7 +222,6 @@ class Switchboard:
         session = await self._meet_in_time(talk)
         talk.exchange_id = session.exchange_id
         if not talk.initiator:
-            self._strangers.dismiss(talk.connection)
             self._ledger.count(received=1)
         talk.channel = Channel(talk.wire, session.send_key, session.receive_key)
         return await converse(talk.channel, _Party(self, talk), talk.initiator)
@@ -289,6 +288,8 @@ class _Party:
 
     def claim(self) -> bool:
         self._talk.claimed = self._board._slot.acquire(blocking=False)
+        if self._talk.claimed:
+            self._board._strangers.dismiss(self._talk.connection)
         return self._talk.claimed
 
     async def snapshot(self, generation: int) -> Snapshot:

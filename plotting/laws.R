@@ -66,8 +66,8 @@ promise <- function(law, target) {
 # What Rscript prints: every law, the better one, and the steps to the target.
 report <- function(name, ranks, metrics, mixes, over, laws, target) {
   held <- metrics$held_out[is.finite(metrics$held_out)]
-  cat(sprintf("%s: %s ranks, %s steps, %s mixes, best %.4f bits per byte%s\n", name, count(length(ranks)),
-              count(max(metrics$step)), count(sum(mixes$won)), min(over$best),
+  cat(sprintf("%s: %s, %s, %s, best %.4f bits per byte%s\n", name, plural(length(ranks), "rank"),
+              plural(max(metrics$step), "step"), mixed(mixes), min(over$best),
               if (length(held)) sprintf(", held-out %.4f", min(held)) else ""))
   if (!length(laws)) {
     cat("no law fitted: too few points, or none converged\n")

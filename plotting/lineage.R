@@ -12,7 +12,7 @@ draw_lineage <- function(name, ranks, mixes, alpha, colours) {
   moments <- seq(0, limits[2], length.out = 200)
   descended <- descent(ranks, mixes, alpha, moments * unit[[2]])
   winners <- mixes[mixes$won, ]
-  merges <- paste(count(nrow(winners)), "merges: ")
+  merges <- paste0(plural(nrow(winners), "merge"), ": ")
   if (length(ranks) > MANY) {
     upper <- founders(descended$main, ranks, moments, colours)
     title <- paste0(merges, "each rank in the colour of the founder whose weights have the largest share in its own;\n",

@@ -176,8 +176,9 @@ stack <- function(upper, lower, heights) {
 
 subtitle <- function(ranks, metrics, mixes, law, target) {
   paste(c(
-    paste0(if (length(ranks) == 1) "one rank" else paste(length(ranks), "ranks"), ", ", count(max(metrics$step)),
-           " steps, ", count(sum(mixes$won)), " mixes; losses are moving averages of the training loss"),
+    paste0(plural(length(ranks), "rank"), ", ", plural(max(metrics$step), "step"), ", ", mixed(mixes),
+           "; losses are moving averages of the training loss",
+           if (any(is.finite(metrics$held_out))) "; circles are held-out losses"),
     if (!is.null(law)) {
       paste0(law$name, " fitted to the best ", law$what, ": ", law$text, "; ", promise(law, target))
     }), collapse = "\n")

@@ -10,7 +10,7 @@ read_rows <- function(path, wanted, most = Inf) {
   if (length(lines) < 1) return(NULL)
   header <- strsplit(lines[1], "\t", fixed = TRUE)[[1]]
   absent <- setdiff(wanted, header)
-  if (length(absent)) fail("expected the column ", absent[1], " in ", path, ", got another kind of file")
+  if (length(absent)) fail("expected the column ", absent[1], " in ", path, ", got another kind of file: check the path")
   lines <- lines[-1]
   if (length(lines) > most) {
     measured <- if ("val_loss" %in% header) {
@@ -44,13 +44,13 @@ read_metrics <- function(files) {
              loss = metrics$ema_loss / log(2), held_out = metrics$val_loss / log(2))
 }
 
-# One row a merge: hours since the first event, the receiver and its step, the sender; won: the sender was fitter;
-# mean: both took the mean.
+# One row a merge: hours since the first event, the receiver and its step, the sender, the exchange it was part of; won:
+# the sender was fitter; mean: both took the mean.
 read_mixes <- function(logs) {
   wanted <- c("timestamp", "rank", "event", "step", "fitness", "exchange_id", "peer")
   events <- do.call(rbind, lapply(Filter(file.exists, logs), read_rows, wanted))
-  nobody <- data.frame(hours = numeric(), step = numeric(), receiver = numeric(), sender = numeric(), won = logical(),
-                       mean = logical())
+  nobody <- data.frame(hours = numeric(), step = numeric(), receiver = numeric(), sender = numeric(),
+                       exchange = character(), won = logical(), mean = logical())
   if (is.null(events)) return(nobody)
   time <- as.numeric(as.POSIXct(events$timestamp, format = "%Y-%m-%dT%H:%M:%OSZ", tz = "UTC")) / 3600
   number <- function(column) suppressWarnings(as.numeric(column))

@@ -31,20 +31,27 @@ in_bins <- function(mixes, axis, limits, bins) {
   counted
 }
 
-# Whom the weights descend from after each of `moments` (hours), where a merge moves the share `alpha` of them, and what
-# a rank learns by itself moves none. means: the population's mean share of each founder (moments x ranks); main: the
-# founder with the largest share in each rank (moments x ranks, as positions in `ranks`).
+# Whom the weights descend from after each of `moments` (hours), where a merge moves the share `alpha` of them, a mean
+# half of them at both ends at once, and what a rank learns by itself moves none. means: the population's mean share of
+# each founder (moments x ranks); main: the founder with the largest share in each rank (moments x ranks, as positions
+# in `ranks`).
 descent <- function(ranks, mixes, alpha, moments) {
   shares <- diag(length(ranks))  # of founders (rows) in ranks (columns)
   receiver <- match(mixes$receiver, ranks)
   sender <- match(mixes$sender, ranks)
   known <- which(!is.na(receiver) & !is.na(sender))
   means <- main <- matrix(0, length(moments), length(ranks))
+  place <- paste(mixes$exchange, mixes$receiver)
+  twin <- ifelse(mixes$mean, match(paste(mixes$exchange, mixes$sender), place), NA)  # the row of a mean's other end
   next_one <- 1
   for (moment in seq_along(moments)) {
     while (next_one <= length(known) && mixes$hours[known[next_one]] <= moments[moment]) {
-      to <- receiver[known[next_one]]
-      shares[, to] <- (1 - alpha) * shares[, to] + alpha * shares[, sender[known[next_one]]]
+      row <- known[next_one]
+      to <- receiver[row]
+      from <- sender[row]
+      share <- if (mixes$mean[row]) 0.5 else alpha
+      after <- (1 - share) * shares[, to] + share * shares[, from]
+      if (is.na(twin[row])) shares[, to] <- after else if (row < twin[row]) shares[, c(to, from)] <- after
       next_one <- next_one + 1
     }
     means[moment, ] <- rowMeans(shares)
@@ -69,6 +76,14 @@ coloured <- function(ranks, colours) {
 }
 
 count <- function(number) format(round(number), big.mark = ",", scientific = FALSE, trim = TRUE)
+
+plural <- function(number, noun) paste0(count(number), " ", noun, if (number != 1) "s")
+
+# How many exchanges moved weights.
+mixed <- function(mixes) {
+  number <- sum(mixes$won)
+  paste(count(number), if (number == 1) "mix" else "mixes")
+}
 
 # The unit, and what to divide by, that make `largest` readable: of hours, and of bytes.
 time_unit <- function(largest) {

@@ -11,6 +11,8 @@ mistake) nor once the launcher was asked to stop. One that dies again and again 
     srun python -m runtime.launch --task -- train.py --data corpus.txt --output run
 
 With --task the launcher keeps the one rank that the environment tells it to be: that of a task of Slurm.
+
+Should the launcher itself be killed, its ranks save and leave: nobody would restart them, nor end them.
 """
 
 import math
@@ -21,14 +23,15 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.errors import UserError
 from runtime.locality import bound, parse_cores
-from runtime.ranks import Identity, identity_from_environment
+from runtime.ranks import BEGAN, LAUNCHER, Identity, identity_from_environment
 from runtime.relay import RepeatFilter, relay, write
-from runtime.supervise import LONGEST_PAUSE, Lives, RestartPolicy
+from runtime.supervise import LONGEST_PAUSE, USER_ERROR, Lives, RestartPolicy
 
 # What the launcher is sent -> what each rank is sent. A closed terminal asks the ranks to save and leave.
 FORWARDED = {
@@ -42,6 +45,7 @@ FORWARDED = {
 # So a task's launcher passes on what a rank takes any number of times; Slurm itself ends who does not leave.
 FORWARDED_IN_TASK = {number: signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGUSR2 for number in FORWARDED}
 DRAIN_SECONDS = 5.0
+GATHER_SECONDS = 1.0  # a user's mistake ends all ranks at about one time, and one line tells of them
 
 
 class Launcher:
@@ -68,6 +72,8 @@ class Launcher:
         self._running: dict[int, subprocess.Popen] = {}
         self._relays: list[threading.Thread] = []
         self._errors = RepeatFilter()
+        self._mistaken: list[int] = []  # ranks that ended by a user's mistake, of which nothing was said yet
+        self._tell_at = math.inf
         # Signal handlers and waiting threads only put things here; the main thread alone acts on them.
         self._events: queue.SimpleQueue[signal.Signals | int] = queue.SimpleQueue()
 
@@ -88,6 +94,8 @@ class Launcher:
                 event = self._events.get(timeout=self._seconds_to_wait())
             except queue.Empty:
                 self._start_due()
+                if self._tell_at <= time.monotonic():
+                    self._tell_of_mistakes()
                 continue
             if isinstance(event, signal.Signals):
                 self._forward(self._forwarded[event])
@@ -95,6 +103,7 @@ class Launcher:
                 self._reap(event)
         for thread in self._relays:
             thread.join(DRAIN_SECONDS)  # a process that a rank left behind may hold the pipe for ever
+        self._tell_of_mistakes()
         in_order = sorted(self._lives, key=lambda lives: lives.ended)
         return exit_status([lives.status for lives in in_order if lives.status != 0])
 
@@ -102,7 +111,7 @@ class Launcher:
         return min((lives.due for lives in self._lives if lives.due is not None), default=math.inf)
 
     def _seconds_to_wait(self) -> float | None:
-        seconds = self._next_start() - time.monotonic()
+        seconds = min(self._next_start(), self._tell_at) - time.monotonic()
         return None if seconds == math.inf else max(0.0, seconds)
 
     def _start_due(self) -> None:
@@ -114,7 +123,10 @@ class Launcher:
         pipe = None if place == 0 else subprocess.PIPE
         rank, lives = self._identities[place].rank, self._lives[place]
         lives.begin()
-        told = rank_environment(self._identities[place], self._threads_per_rank, lives.restarts)
+        identity = replace(
+            self._identities[place], restarts=lives.restarts, launcher=os.getpid(), began=lives.first_began
+        )
+        told = rank_environment(identity, self._threads_per_rank)
         try:
             with bound(self._cores[place % len(self._cores)]):
                 process = subprocess.Popen(
@@ -160,8 +172,18 @@ class Launcher:
 
     def _end(self, place: int, status: int, how: str) -> None:
         outlook = self._lives[place].end(status)
-        if status != 0:
-            write(2, f"rank {self._identities[place].rank} {how}{outlook}\n".encode())
+        rank = self._identities[place].rank
+        if status == USER_ERROR:
+            self._mistaken.append(rank)
+            self._tell_at = min(self._tell_at, time.monotonic() + GATHER_SECONDS)
+        elif status != 0:
+            write(2, f"rank {rank} {how}{outlook}\n".encode())
+
+    def _tell_of_mistakes(self) -> None:
+        if self._mistaken:
+            who = f"rank{'s' * (len(self._mistaken) > 1)} {', '.join(map(str, sorted(self._mistaken)))}"
+            write(2, f"{who} exited with status {USER_ERROR}: not restarted, since that would not help\n".encode())
+        self._mistaken, self._tell_at = [], math.inf
 
 
 def main(arguments: list[str]) -> int:
@@ -249,16 +271,18 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def rank_environment(identity: Identity, threads_per_rank: int, restarts: int = 0) -> dict[str, str]:
-    """What tells a process who it is, in torchrun's names. restarts: processes of this rank before it."""
-    return {
+def rank_environment(identity: Identity, threads_per_rank: int) -> dict[str, str]:
+    """What tells a process who it is, in torchrun's names and, of its launcher, in some of its own."""
+    told = {
         "RANK": str(identity.rank),
         "LOCAL_RANK": str(identity.local_rank),
         "WORLD_SIZE": str(identity.world_size),
         "LOCAL_WORLD_SIZE": str(identity.local_world_size or ""),  # "": not known
-        "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        "TORCHELASTIC_RESTART_COUNT": str(identity.restarts),
         "OMP_NUM_THREADS": str(threads_per_rank),
     }
+    own = {LAUNCHER: identity.launcher, BEGAN: identity.began}
+    return told | {name: str(value) for name, value in own.items() if value is not None}
 
 
 def exit_status(failures: list[int]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from runtime.errors import UserError
 
@@ -10,6 +11,8 @@ _SOURCES = (
     ("slurm", ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")),
 )
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+LAUNCHER = "GRUBOROS_LAUNCHER"
+BEGAN = "GRUBOROS_BEGAN"
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Identity:
 
     rank: 0 ... world_size-1 in the population; local_rank: 0 ... on this host, which picks the device;
     local_world_size: processes on this host; source: who said so, "environment" (torchrun's names), "slurm" or "alone";
-    restarts: how often it was started before, by its launcher or with its Slurm job.
+    restarts: how often it was started before, by its launcher or with its Slurm job; of runtime.launch alone, None with
+    another or none: launcher: its process id; began: when it first started this rank, on time.monotonic.
     """
 
     rank: int
@@ -27,6 +31,8 @@ class Identity:
     local_world_size: int
     source: str
     restarts: int = 0
+    launcher: int | None = None
+    began: float | None = None
 
 
 def identity_from_environment(environment: Mapping[str, str]) -> Identity:
@@ -37,7 +43,11 @@ def identity_from_environment(environment: Mapping[str, str]) -> Identity:
     hosts, and 1 is assumed for a population of one, 0 ("not known") otherwise.
     Raises UserError for a value that is no number, or a rank outside its world.
     """
-    restarts = sum(_number(environment, name) for name in _RESTART_COUNTS if name in environment)
+    history = {
+        "restarts": sum(_number(environment, name) for name in _RESTART_COUNTS if name in environment),
+        "launcher": _number(environment, LAUNCHER) if LAUNCHER in environment else None,
+        "began": _number(environment, BEGAN, float) if BEGAN in environment else None,
+    }
     for source, (rank_name, world_name, local_name, local_world_name) in _SOURCES:
         if rank_name not in environment:
             continue
@@ -51,15 +61,16 @@ def identity_from_environment(environment: Mapping[str, str]) -> Identity:
                 f"expected 0 <= {rank_name} < {world_name} and {local_name} >= 0, "
                 f"got {rank_name}={rank} {world_name}={world_size} {local_name}={local_rank}: mend the launcher"
             )
-        return Identity(rank, local_rank, world_size, local_world_size, source, restarts)
-    return Identity(rank=0, local_rank=0, world_size=1, local_world_size=1, source="alone", restarts=restarts)
+        return Identity(rank, local_rank, world_size, local_world_size, source, **history)
+    return Identity(rank=0, local_rank=0, world_size=1, local_world_size=1, source="alone", **history)
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
+def _number(environment: Mapping[str, str], name: str, kind: type = int) -> Any:
     text = environment.get(name)
     if text is None:
         raise UserError(f"expected {name} in the environment beside the rank, got none: set it in the launcher")
     try:
-        return int(text)
+        return kind(text)
     except ValueError:
-        raise UserError(f"expected a whole number in {name}, got {text!r}: mend the launcher") from None
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f"expected {wanted} in {name}, got {text!r}: mend the launcher") from None

@@ -1,8 +1,11 @@
 """Signals become flags that the training thread reads at an optimizer-step boundary."""
 
+import ctypes
 import os
 import signal
 from types import FrameType
+
+_PR_SET_PDEATHSIG = 1  # Linux, <sys/prctl.h>
 
 
 class SignalFlags:
@@ -24,6 +27,20 @@ class SignalFlags:
         signal.signal(signal.SIGUSR1, self._on_save)
         signal.signal(signal.SIGUSR2, self._on_leave)
         return self
+
+    def follow(self, launcher: int) -> None:
+        """Stop, as by SIGUSR2, when the process `launcher` dies, should it be the parent of this one. Installed before.
+
+        A process that was started by another program in between is not followed, unless the launcher is gone already.
+        """
+        if os.getppid() == launcher:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2)
+            self.stop |= os.getppid() != launcher  # it died just before the kernel was told
+            return
+        try:
+            os.kill(launcher, 0)
+        except (ProcessLookupError, PermissionError):  # gone, or its number is another user's by now
+            self.stop = True
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if self._told:

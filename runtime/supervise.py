@@ -37,6 +37,7 @@ class Lives:
         self._clock = clock
         self._dice = dice
         self._began = 0.0
+        self.first_began: float | None = None  # when the first process did, on the clock
         self._in_a_row = 0
         self._pause = policy.restart_seconds  # seconds, of the next restart, before the dice shorten it
         self._stopping = False
@@ -51,6 +52,8 @@ class Lives:
             self.restarts += 1
         self.due = None
         self._began = self._clock()
+        if self.first_began is None:
+            self.first_began = self._began
 
     def end(self, status: int) -> str:
         """The process ended with `status` (128 + signal if by one): decides `due`, returns how a report of it goes on.
@@ -59,10 +62,8 @@ class Lives:
         """
         self.status = status
         self.ended = self._clock()
-        if self._stopping or status == 0:
+        if self._stopping or status in (0, USER_ERROR):
             return ""
-        if status == USER_ERROR:
-            return ": not restarted, since that would not help"
         if self.ended - self._began >= self._policy.healthy_seconds:
             self._in_a_row, self._pause = 0, self._policy.restart_seconds
         if self._policy.max_restarts == 0:

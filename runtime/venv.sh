@@ -1,5 +1,5 @@
 # The project's own Python environment, .venv: made where it is missing, kept in step with the requirements.
-# Source this with the project's folder as the current one; it sets VENV_PYTHON. PYTHON chooses the Python to build from.
+# Source this with the project's folder as the current one; it sets VENV_PYTHON. PYTHON: which Python to build from.
 
 VENV_PYTHON=.venv/bin/python
 

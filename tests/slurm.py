@@ -48,7 +48,7 @@ JobRequeue=1
 KillWait=30
 SlurmdTimeout=10
 ReturnToService=2
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=2,sched_interval=2,bf_interval=2
 """
 
 

@@ -1,10 +1,11 @@
-"""Ways to start a population: torchrun, by hand on two hosts, train.cuda.sh; and check_gpus.sh before that."""
+"""Ways to start a population: torchrun, by hand on two hosts, the scripts without Slurm; before that, check_gpus.sh."""
 
 import contextlib
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,9 @@ def test_ranks_by_hand_on_two_hosts_meet_without_a_shared_folder(text, tmp_path)
         for rank, world in enumerate(worlds):
             world.eventually(lambda world=world, rank=rank: world.events(rank, *TALKS))
         for rank, world in enumerate(worlds):
+            process = world.processes[rank]
             world.stop(rank)
+            assert "(stopped by a signal)" in world.said(process)  # each has a terminal of its own
             assert {file.rank for file in world.checkpoints()} == {rank}
 
 
@@ -62,7 +65,50 @@ def project(tmp_path):
 def call(project: Path, script: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
     environment = {**clean_environment(), **settings}
     command = [str(project / script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=300)
+
+
+def test_train_local_trains_shows_the_ranks_and_lets_the_best_speak(project, text):
+    small = {"RANKS": "2", "MODEL": "--dim 16 --depth 2", "CHUNK_SIZE": "32", "BATCH_SIZE": "2", "SAMPLE_BYTES": "20"}
+    done = call(project, "train.local.sh", "--data", str(text), "--train_steps", "40", "--output", "runs/run", **small)
+    assert done.returncode == 0, done.stderr
+    assert {file.rank for file in World(project, text, 2, run="runs/run").checkpoints()} == {0, 1}
+    assert done.stdout.startswith("2 ranks (2 left) ") and "\ndef " in done.stdout
+
+
+def wheel(folder: Path, name: str, version: str) -> None:
+    """An empty package, for pip to install."""
+    about = f"{name}-{version}.dist-info"
+    content = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        for part, written in content.items():
+            file.writestr(f"{about}/{part}", written)
+
+
+def test_train_frontier_on_a_login_node_installs_torch_for_rocm(tmp_path):
+    make_project(tmp_path, environment="unused")
+    (tmp_path / "wheels").mkdir()
+    for name in ("requirements.txt", "rocm-reqs.txt"):
+        for package, version in re.findall(r"^(\S+)==(\S+)", (ROOT / name).read_text(), re.MULTILINE):
+            wheel(tmp_path / "wheels", package.replace("-", "_"), version)
+    offline = {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels")}
+    done = call(tmp_path, "train.frontier.sh", **offline)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == ".venv is ready: now sbatch train.frontier.sh [ARGUMENT ...]"
+    (torch,) = (tmp_path / ".venv").glob("lib/python*/site-packages/torch-*")
+    assert "+rocm" in torch.name
+
+
+def test_train_frontier_outside_a_job_explains_itself(project):
+    shown = call(project, "train.frontier.sh", "--help")
+    assert shown.returncode == 0 and "sbatch train.frontier.sh --train_steps 200k" in shown.stdout
+    assert call(project, "train.frontier.sh", "--train_steps", "9").returncode == 2
+    within = call(project, "train.frontier.sh", SLURM_JOB_ID="1")  # as in an interactive allocation
+    assert within.returncode == 2 and within.stderr.startswith("error: expected a job of sbatch with --ntasks-per-node")
 
 
 def test_train_cuda_trains_with_the_settings_of_the_environment(project, text):

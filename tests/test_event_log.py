@@ -85,6 +85,16 @@ def test_event_log_reports_a_full_disk_once_and_goes_on_when_there_is_space(tmp_
     assert [row[2] for row in rows(log.path) if len(row) == len(COLUMNS)] == ["event", "sent", "merged"]
 
 
+def test_event_log_that_cannot_be_opened_is_said_and_opened_once_it_can(tmp_path, capsys):
+    """As on a full disk, where a rank that starts again finds its file with a line that was torn."""
+    (tmp_path / "logs").write_text("in the folder's place")
+    log = EventLog(tmp_path / "logs" / "log.tsv", rank=3)
+    assert log.lost == 1 and capsys.readouterr().err.count("events of rank 3 are being lost") == 1
+    (tmp_path / "logs").unlink()
+    log.write("sent")
+    assert [row[2] for row in rows(log.path)] == ["event", "sent"]
+
+
 def test_event_log_survives_its_folder_being_removed(tmp_path, monkeypatch):
     log = EventLog(tmp_path / "logs" / "log.tsv", rank=0)
     log.close()

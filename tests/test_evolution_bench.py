@@ -99,6 +99,13 @@ def test_evolution_pair_mean_keeps_the_pairs_sum(corpus):
         torch.testing.assert_close(first.live[name], second.live[name])
 
 
+def test_evolution_nobody_meets_who_is_shunned(corpus):
+    alone = trial(corpus, "solo:corrupt=1", replicas=3)
+    shunned = trial(corpus, "pair_mean:corrupt=1,p=1,shun=1", replicas=3)
+    assert shunned["losses"][2] == alone["losses"][2] and shunned["losses"][0] != alone["losses"][0]
+    assert shunned["counts"]["averaged"] > 0 == shunned["replicas"][2]["merges"]
+
+
 def test_evolution_one_way_moves_the_loser_alone(corpus):
     winner, loser = replicas_of(corpus, 2)
     before = {name: tensor.clone() for name, tensor in winner.live.items()}
@@ -292,8 +299,8 @@ def test_evolution_arms_have_one_label_and_all_options():
     arm = parse_arm("pair_mean:payload=weights,p=0.050", POLICIES)
     assert arm.label == "pair_mean:p=0.05,payload=weights"
     assert arm.in_full() == {
-        "policy": "pair_mean", "p": "0.05", "payload": "weights", "wire": "fp32", "rollback": "inf", "replicas": "0",
-        "lr": "1", "spread": "1", "corrupt": "0", "diverging": "0", "parted": "0",
+        "policy": "pair_mean", "p": "0.05", "payload": "weights", "wire": "fp32", "rollback": "inf", "shun": "0",
+        "replicas": "0", "lr": "1", "spread": "1", "corrupt": "0", "diverging": "0", "parted": "0",
     }  # fmt: skip
     assert [parse_arm(text, POLICIES).label for text in DEFAULT_ARMS] == list(DEFAULT_ARMS)
 

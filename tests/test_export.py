@@ -13,7 +13,7 @@ import generate
 from mingru.minLM import MinLM, ModelConfig
 from runtime.errors import UserError
 from training import exported
-from training.checkpoint import load_for_use, read_checkpoint, read_own_checkpoint, save_checkpoint
+from training.checkpoint import find_model_file, load_for_use, read_checkpoint, read_own_checkpoint, save_checkpoint
 from training.exported import Model, read_model
 from training.scoring import score
 from training.soup import average
@@ -61,6 +61,8 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def test_export_and_back_is_bit_exact(run_dir, tmp_path, capsys):
     run("--model", run_dir, "--output", tmp_path / "new" / "folder")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(UserError, match=r"got \S+: export\.py --model \S+ --output FILE\.pt makes a checkpoint"):
+        find_model_file(tmp_path / "new" / "folder")
     run("--model", tmp_path / "new" / "folder", "--output", tmp_path / "back.pt")
     before, after = read_checkpoint(run_dir / "best.pt"), read_checkpoint(tmp_path / "back.pt")
     assert_same(before["model_state_dict"], after["model_state_dict"])

@@ -190,6 +190,18 @@ def test_coordinator_stopped_leader_yields_to_nobody_lower_and_two_leaders_do_no
 
 
 @pytest.mark.injects(Injection.GHOST)
+def test_coordinator_a_rank_that_comes_back_knows_the_living_by_its_second_beat(tmp_path):
+    population = Population(tmp_path, range(4))
+    population.round(times=3)
+    del population.members[1]
+    population.round(times=6)  # rank 1 is given up
+    population.start(2, "second-2")
+    assert live(population.round([0, 2])[2]) == [2]  # the ranking may be a dead run's
+    assert live(population.round([0, 2])[2]) == [0, 2, 3]
+    assert live(population.round([0, 2, 3], times=6)[2]) == [0, 2, 3]
+    assert live(population.round([0, 2], times=6)[2]) == [0, 2]  # and sees itself who falls silent
+
+
 def test_coordinator_ghosts_of_an_older_run_are_not_alive(tmp_path):
     old = Population(tmp_path, range(4))
     old.round(times=4)

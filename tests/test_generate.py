@@ -212,9 +212,9 @@ def test_score_is_the_mean_loss_in_bits(run_dir, tmp_path, monkeypatch, capfd):
         (["--prompt", "x", "--model", "no/such/model"], "no such file"),
         (["--prompt", "x", "--model", __file__], "expected a whole checkpoint"),
         (["--prompt", "x", "--bogus"], "unrecognized arguments: --bogus"),
-        (["--score", "no/such/file"], "expected a readable file of at least 2 bytes"),
+        (["--score", "no/such/file"], "expected a readable file of 2 bytes or more"),
         (["--score", __file__, "--prompt", "x"], "expected --score alone"),
-        (["--score", os.devnull], "expected a readable file of at least 2 bytes"),
+        (["--score", os.devnull], "expected a readable file of 2 bytes or more"),
     ],
     ids=lambda value: " ".join(map(str, value)) or "empty stdin" if isinstance(value, list) else "",
 )

@@ -8,7 +8,19 @@ import pytest
 
 from bench.injection import Injection
 from gossip.faults import Fault
-from gossip.protocol import Decision, End, Flow, Hello, Receipt, SnapshotHeader, canonical_json, encode_frame
+from gossip.protocol import (
+    LINEAGE_LIMIT,
+    SCALAR_LIMIT,
+    Decision,
+    End,
+    Flow,
+    Hello,
+    Receipt,
+    SnapshotHeader,
+    canonical_json,
+    encode_frame,
+)
+from gossip.strangers import STRANGERS_LIMIT
 from tests.gossip_helpers import (
     PATIENCE,
     Rank,
@@ -409,3 +421,33 @@ def test_node_gives_a_stranger_less_time_than_a_peer(tmp_path, monkeypatch):
         assert stranger.closed()
         until(lambda: counted(rank, failed=1))
         assert last_event(rank)["message"].startswith(Fault.DEADLINE.value)
+
+
+def test_node_bounds_the_peers_that_prove_themselves_and_then_say_nothing(tmp_path):
+    with ranks(Rank(tmp_path, 0, exchange_seconds=100.0)) as (rank,):
+        silent = [RawPeer.call(rank.where).handshake() for _ in range(STRANGERS_LIMIT + 10)]
+        assert all(peer.closed() for peer in silent[:10])
+        assert len(rank.node._switchboard._tasks) <= STRANGERS_LIMIT
+        assert last_event(rank)["message"].startswith(Fault.CLOSING.value)
+        assert_answers(rank)
+
+
+def test_node_goes_on_talking_after_a_peer_whose_counters_are_as_large_as_they_may_be(tmp_path):
+    """What came with its weights grows by training: beyond what other peers would take, were it told as it is."""
+    liar, heir = Rank(tmp_path, 0), Rank(tmp_path, 1, 3.0)
+    with ranks(liar, heir):
+        heir.node._peers = (liar.node.address,)
+        liar.lineage, liar.scalars = LINEAGE_LIMIT + 5, {"k": SCALAR_LIMIT + 5}
+        liar.boundary()
+        heir.call()
+        report = until(heir.boundary, liar)
+        heir.lineage, heir.scalars = report.peer_lineage + 1, {"k": report.peer_scalars["k"] + 1}
+        until(lambda: counted(liar, won=1), liar, heir)
+        until(lambda: not heir.node.engaged, heir)
+        heir.boundary()
+        fresh = RawPeer.call(heir.where).handshake()
+        assert fresh.greet(hello(heir.schema))[1].flow is Flow.RESPONDER_SENDS
+        until(lambda: heir.node._desk.waiting)
+        heir.boundary()
+        header, _ = fresh.receive_snapshot()
+        assert (header.lineage, header.scalars) == (LINEAGE_LIMIT, {"k": SCALAR_LIMIT})

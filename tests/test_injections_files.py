@@ -143,6 +143,25 @@ def test_a_full_disk_stops_no_training_and_saves_work_again_once_there_is_space(
     saves_again(live)
 
 
+@pytest.mark.injects(Injection.DISK_FULL, Injection.RESTART)
+def test_a_rank_starts_again_on_a_full_disk_and_says_what_it_could_not_save(live):
+    filler = live.run / "filler"
+    with open(filler, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+    live.kill(0)
+    process = live.start(0, restarts=1)
+    fails_to_save(live, "No space left on device")
+    assert "config.json stays as it was (No space left on device)" in live.said(process)
+    live.signal(0, signal.SIGTERM)
+    assert live.ended(0) == 1
+    assert re.search(r"error: rank 0: its last steps, up to \d+, are lost: No space left", live.said(process))
+    assert "Traceback" not in live.said(process)
+    filler.unlink()
+    live.start(0, restarts=2)
+    saves_again(live)
+
+
 @pytest.mark.injects(Injection.DISK_ERROR)
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_failing_disk_stops_no_training_and_saves_work_again_once_it_is_well(live, call):

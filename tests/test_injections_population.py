@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,19 @@ def test_a_killed_rank_is_restarted_by_the_launcher_and_goes_on_from_its_own_che
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(timeout=PATIENCE) == 0  # the last process of every rank ended well
         assert "rank 1 was killed by SIGKILL" in (world.cwd / "errors").read_text()
+
+
+@pytest.mark.injects(Injection.LAUNCHER_DEATH)
+def test_ranks_save_and_leave_when_their_launcher_is_killed(text, tmp_path):
+    world = World(tmp_path, text, 2, *FLAGS_HERE)
+    with launched(world) as launcher:
+        eventually(lambda: world.live() == [0, 1])
+        processes = [os.pidfd_open(world.pid(rank)) for rank in range(2)]
+        launcher.kill()
+        for rank, process in enumerate(processes):
+            ended, _, _ = select.select([process], [], [], PATIENCE)  # readable once it has ended
+            os.close(process)
+            assert ended and "(stopped by a signal)" in world.log(rank)
 
 
 @pytest.fixture(scope="module")

@@ -185,6 +185,23 @@ def test_a_second_stop_in_the_middle_of_a_save_ends_at_once_and_spoils_nothing(h
     assert not list(tmp_path.rglob(".checkpoint_rank_0000*"))
 
 
+@pytest.mark.injects(Injection.SAVE_WHILE_STARTING)
+def test_a_signal_while_a_rank_still_imports_torch_is_obeyed_once_it_trains(start, tmp_path):
+    process = start(0, 1, [str(ROOT / "train.py")], FLAGS["transfer"])
+    soon(lambda: catches(process.pid, signal.SIGUSR1), [process])
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+    process.send_signal(signal.SIGUSR1)
+    log = tmp_path / "logs" / "train_run_rank_0000.log"
+    soon(lambda: log.exists() and "(asked for by a signal)" in log.read_text(), [process])
+    process.send_signal(signal.SIGTERM)
+    end([process])
+
+
+def catches(pid, number):
+    mask = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1]
+    return int(mask, 16) >> (number - 1) & 1
+
+
 # Memory.
 
 PLACES = {  # of the network thread, and whether the conversation at hand ends by it

@@ -330,7 +330,7 @@ def test_node_bounds_the_norm_at_ten_times_its_own(tmp_path, value, merges):
 
 
 @pytest.mark.injects(Injection.RESTART)
-def test_seeking_rank_calls_at_every_boundary_until_a_conversation_ends_well(tmp_path):
+def test_seeking_rank_calls_until_a_conversation_ends_well(tmp_path):
     with ranks(Rank(tmp_path, 0), Rank(tmp_path, 1, 3.0)) as (old, fresh):
         old.step = old.lineage = 1000
         old.boundary()

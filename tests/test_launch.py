@@ -48,9 +48,10 @@ def test_default_threads_shares_the_cores(monkeypatch):
 
 
 def test_rank_environment_is_understood_by_ranks():
-    identity = Identity(2, 1, 4, 2, "environment", restarts=0)
+    identity = Identity(2, 1, 4, 2, "environment")
     assert identity_from_environment(rank_environment(identity, 1)) == identity
-    assert identity_from_environment(rank_environment(identity, 1, restarts=3)).restarts == 3
+    again = Identity(2, 1, 4, 2, "environment", restarts=3, launcher=4711, began=12345.678)
+    assert identity_from_environment(rank_environment(again, 1)) == again
 
 
 @pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
@@ -143,6 +144,15 @@ def test_launch_says_how_each_rank_failed_and_exits_with_2_if_any_did(launch):
         "rank 2 exited with status 2: not restarted, since that would not help",
     ]
     assert process.returncode == 2
+
+
+def test_launch_tells_of_a_mistake_of_all_ranks_in_one_line_and_of_that_of_one_at_once(launch):
+    _, errors = launch("import os; os._exit(2)", ranks=3).communicate()
+    assert errors == "ranks 0, 1, 2 exited with status 2: not restarted, since that would not help\n"
+    process = launch("import os, signal; signal.pause() if os.environ['RANK'] == '0' else os._exit(2)", ranks=2)
+    assert process.stderr.readline() == "rank 1 exited with status 2: not restarted, since that would not help\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
 
 
 def test_launch_shows_an_error_of_many_ranks_once(launch):

@@ -70,6 +70,17 @@ def test_metrics_rewind_drops_what_will_be_written_again_and_torn_lines(tmp_path
     assert [row["step"] for row in rows(metrics.path)] == ["10", "20", "30"]
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"0\tNA" + b"\tNA" * (len(COLUMNS) - 2) + b"\n", bytes(50) + b"\n"])
+def test_metrics_rewind_drops_damaged_lines(tmp_path, damage):
+    metrics = MetricsFile(tmp_path / "rank_0000.tsv")
+    metrics.create()
+    with open(metrics.path, "ab") as file:
+        file.write(damage)
+    metrics.rewind(20)
+    metrics.append({"rank": 0, "step": 10})
+    assert [row["step"] for row in rows(metrics.path)] == ["10"]
+
+
 def test_metrics_rewind_makes_a_missing_file(tmp_path):
     MetricsFile(tmp_path / "metrics" / "rank_0004.tsv").rewind(5)
     assert rows(tmp_path / "metrics" / "rank_0004.tsv") == []

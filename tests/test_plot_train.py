@@ -77,10 +77,28 @@ def test_plot_train_counts_an_average_of_two_as_one_mix(output):
     assert "4 ranks, 3,000 steps, 40 mixes" in output
 
 
+def descent(*ends, alpha=0.3):
+    """Each founder's share of the population after mixes (receiver, sender, exchange, mean) of three ranks."""
+    columns = [f"c({', '.join(map(str, column))})" for column in zip(*ends, strict=True)]
+    table = "data.frame(hours = 1, receiver = {}, sender = {}, exchange = {}, mean = {} == 1)".format(*columns)
+    source = f"source('plotting/summary.R'); cat(descent(0:2, {table}, {alpha}, 2)$means)"
+    done = subprocess.run(["Rscript", "-e", source], cwd=SCRIPT.parent, capture_output=True, text=True)
+    return [float(word) for word in drawn(done).split()]
+
+
+def test_descent_is_not_changed_by_means_in_which_both_ends_give_as_much_as_they_take():
+    assert descent((0, 1, 7, 1), (1, 0, 7, 1), (2, 1, 8, 1), (1, 2, 8, 1)) == pytest.approx([1 / 3] * 3)
+    assert descent((0, 1, 7, 0)) == pytest.approx([0.7 / 3, 1.3 / 3, 1 / 3])
+
+
+def test_plot_train_tells_how_to_call_it():
+    assert "Rscript plot_train.R RUN_DIR|FILE.tsv [target]" in drawn(plot("--help"))
+
+
 def test_plot_train_says_of_a_target_below_the_asymptote_that_it_is(run):
     single = run / "metrics" / "rank_0002.tsv"
     printed = drawn(plot(single, 0.5))
-    assert "target 0.5 is below the asymptote" in printed and "1 ranks" in printed
+    assert "target 0.5 is below the asymptote" in printed and ": 1 rank, " in printed
     assert png_size(single.with_name("rank_0002_loss.png")) == (1800, 1200)
 
 

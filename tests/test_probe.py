@@ -180,6 +180,21 @@ def test_an_elite_that_does_harm_is_undone_bit_for_bit_and_not_tried_again(
     assert len(lines) == 1  # and nothing more is said of it at every step
 
 
+@pytest.mark.injects(Injection.DANGLING_SYMLINK)
+def test_an_elite_link_that_leads_in_a_circle_is_told_of_and_training_goes_on(
+    run_train, trainers, monkeypatch, tmp_path  # noqa: F811
+):  # fmt: skip
+    run = run_train("run", "--train_steps", "10", *QUIET)
+    (trainer,) = trainers
+    trainer.parts.log = RunLog(tmp_path / "after.log", echo=False)
+    for link in run.glob("elite_*.pt"):
+        link.unlink()
+    (run / "elite_01.pt").symlink_to("elite_01.pt")
+    make_worst(trainer, monkeypatch)
+    trainer._rejuvenation.consider()
+    assert "rejuvenation_failed: expected a whole checkpoint" in (tmp_path / "after.log").read_text()
+
+
 @pytest.mark.parametrize(("scale", "tolerance"), [(1.0, 0.1), (-30.0, None)], ids=["harmless", "no-judge"])
 def test_an_elite_that_does_none_is_kept_and_its_lineage_is_inherited(
     run_train, trainers, monkeypatch, tmp_path, scale, tolerance  # noqa: F811

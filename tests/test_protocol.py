@@ -1,5 +1,6 @@
 """Messages and frames as bytes, and the decision that both ends take alike."""
 
+import dataclasses
 import json
 import pickle
 import struct
@@ -13,6 +14,8 @@ from gossip.decision import ADOPTION_SLACK_STEPS, Policy, decide
 from gossip.faults import Fault, ProtocolError
 from gossip.protocol import (
     HEADER_BYTES,
+    LINEAGE_LIMIT,
+    LOSS_LIMIT,
     MAC_BYTES,
     MERGE_METHODS,
     OPENING_BYTES,
@@ -147,6 +150,9 @@ def changed(message, **changes):
         (Decision, changed(DECISION, flow="sideways")),
         (Hello, changed(HELLO, lineage=-1)),
         (Hello, changed(HELLO, lineage=None)),
+        (Hello, changed(HELLO, lineage=LINEAGE_LIMIT + 1)),
+        (Hello, changed(HELLO, probe="ab" * 16, losses=[1e308, 1.0])),
+        (Hello, changed(HELLO, probe="ab" * 16, losses=[-1.0, 1.0])),
         (Hello, changed(HELLO, accepts=1)),
         (Hello, changed(HELLO, accepts="true")),
         (Decision, changed(DECISION, flow=["both send"])),
@@ -277,6 +283,12 @@ def test_decide_sends_nothing_to_a_rank_that_does_not_accept_it(method, lineage,
 def test_decide_averages_only_if_both_accept(wary):
     caller, answerer = fit(1.0, accepts=wary == "answerer"), fit(2.0, accepts=wary == "caller")
     assert decide(caller, answerer, Policy("average")) == Decision(Flow.NONE, "not accepted")
+
+
+@pytest.mark.parametrize("losses", [(0.0, LOSS_LIMIT), (LOSS_LIMIT, 0.0), (LOSS_LIMIT, LOSS_LIMIT)])
+def test_decide_compares_whatever_losses_a_hello_can_tell(losses):
+    mine, theirs = (dataclasses.replace(HELLO, probe="ab" * 16, losses=(loss, 0.5 * loss) * 4) for loss in losses)
+    assert decide(mine, theirs, Policy(fitness="probe")).flow is not Flow.NONE
 
 
 def test_decide_says_what_it_would_have_said_when_nothing_was_to_travel():

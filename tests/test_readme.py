@@ -32,7 +32,7 @@ INDENTED = re.compile(r"(?:(?<=\n\n)|^)(?: {4}.*\n(?:\n+(?= {4}))?)+", re.M)
 # Between backticks in a line of prose: what begins like a command, and has arguments.
 PROGRAMS = r"python3?|pip|bash|sbatch|srun|torchrun|Rscript|tail|\./\S+"
 INLINE = re.compile(rf"`((?:{PROGRAMS}) [^`]+|[A-Z_]+=\S+ [^`]+)`")
-NO_COMMANDS = ("runs/local_", "output_dir/", "@software")
+NO_COMMANDS = ("4 ranks (", "output_dir/", "@software")
 
 SMALL = "--batch_size 2 --chunk_size 32 --train_steps 3 --val_every 0"
 
@@ -57,12 +57,14 @@ class Elsewhere:
 
 
 NEW_RUN = {"/path/to/data.txt": "data.txt", "--cuda": "--cpu", "1g": "60k", "2m": "60k"}
-STATIC_PEERS = Elsewhere("tests/test_population_run.py", "test_static_peers_meet_without_a_registry")
+CLUSTERS, SLURM = "tests/test_clusters.py", "tests/test_slurm.py"
+BY_HAND = Elsewhere(CLUSTERS, "test_ranks_by_hand_on_two_hosts_meet_without_a_shared_folder")
+FIRST_RUN = Elsewhere(CLUSTERS, "test_train_local_trains_shows_the_ranks_and_lets_the_best_speak")
 
 COMMANDS: dict[str, Here | Elsewhere] = {
     "./train.local.sh": Elsewhere(".ci/run", "./train.local.sh"),
-    "./train.local.sh --data book.txt --max_minutes 30": Elsewhere(".ci/run", "./train.local.sh --max_minutes"),
-    "RANKS=2 ./train.local.sh": Elsewhere(".ci/run", "RANKS=2 ./train.local.sh"),
+    "./train.local.sh --data book.txt --max_minutes 30": FIRST_RUN,
+    "RANKS=2 ./train.local.sh": FIRST_RUN,
     "./test.sh": Elsewhere(".ci/run", "./test.sh"),
     "pip install -r requirements-data.txt": Elsewhere("requirements-dev.txt", "-r requirements-data.txt"),
     # corpora
@@ -86,10 +88,24 @@ COMMANDS: dict[str, Here | Elsewhere] = {
     ),
     "python -m runtime.launch --ranks 8 --max_restarts 5 -- train.py --data book.txt --output runs/book --params 2m":
         Elsewhere("tests/test_restart.py", "test_restart_of_a_rank_that_failed_once_ends_well"),
-    "export GRUBOROS_SECRET=...": STATIC_PEERS,
-    "export WORLD_SIZE=2 LOCAL_RANK=0 RANK=0": STATIC_PEERS,
+    # on a cluster
+    "./check_gpus.sh": Elsewhere(CLUSTERS, "test_check_gpus_where_there_is_none_checks_the_rest"),
+    "./train.cuda.sh --data corpus/library.txt --train_steps 200k": Elsewhere(
+        CLUSTERS, "test_train_cuda_trains_with_the_settings_of_the_environment"
+    ),
+    "./train.frontier.sh": Elsewhere(CLUSTERS, "test_train_frontier_on_a_login_node_installs_torch_for_rocm"),
+    "sbatch -A abc123 -N 8 -t 1:00:00 train.frontier.sh --data corpus/library.txt --train_steps 200k": Elsewhere(
+        SLURM, "test_slurm_job_trains_each_rank_on_its_gpu_from_its_nodes_disk"
+    ),
+    "srun --nodes=2 --ntasks-per-node=4 --kill-on-bad-exit=0 --wait=0 python train.py --data book.txt "
+    "--output runs/plain": Elsewhere(SLURM, "test_plain_srun_starts_a_population"),
+    "torchrun --standalone --nproc-per-node 8 train.py --data book.txt --output runs/box": Elsewhere(
+        CLUSTERS, "test_torchrun_starts_a_population"
+    ),
+    "export GRUBOROS_SECRET=...": BY_HAND,
+    "export WORLD_SIZE=2 LOCAL_RANK=0 RANK=0": BY_HAND,
     "python train.py ... --output runs/pair --no_filesystem_coordinator --gossip_host eth0 --gossip_port 29400 "
-    "--gossip_peers host1:29400,host2:29400": STATIC_PEERS,
+    "--gossip_peers host1:29400,host2:29400": BY_HAND,
     "python train.py --resume output_dir": Here(add="--train_steps 4"),
     "python train.py --resume output_dir --lr 1e-3 --train_steps 100k": Here(add="--train_steps 4"),
     "python train.py --init_from output_dir/best.pt --data other.txt --output finetuned": Here(

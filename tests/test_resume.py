@@ -1,6 +1,7 @@
 """Going on exactly where a run stopped, and what may and may not change on the way."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import train
 from bench.injection import Injection
 from runtime.errors import UserError
+from runtime.ranks import BEGAN
 from training.checkpoint import list_checkpoints, read_checkpoint
 
 QUIET = ["--save_every", "1000", "--val_every", "0", "--log_every", "5"]
@@ -117,8 +119,9 @@ def test_resume_refuses_what_may_not_change(run_train, flags, message):
 
 def test_resume_refuses_what_is_no_run(run_train, tmp_path):
     (tmp_path / "empty").mkdir()
-    for place in ("empty", "absent"):
-        with pytest.raises(UserError, match=r"config\.json"):
+    (tmp_path / "file").touch()
+    for place, said in (("empty", r"without config\.json"), ("absent", "is no folder"), ("file", "is no folder")):
+        with pytest.raises(UserError, match=f"expected a run directory to resume, got {place}, .*{said}: "):
             train.main(["--resume", place])
 
 
@@ -205,7 +208,7 @@ def seekers(monkeypatch) -> list:
 
 
 @pytest.mark.injects(Injection.RESTART)
-def test_a_restarted_rank_goes_on_in_its_output_with_the_flags_given(run_train, restarted, seekers):
+def test_a_restarted_rank_goes_on_in_its_output_with_the_flags_given(run_train, restarted, seekers, text, capsys):
     run_dir = run_train("run", "--train_steps", "10", *QUIET)
     restarted()
     run_train("run", "--train_steps", "20", *QUIET)
@@ -213,9 +216,9 @@ def test_a_restarted_rank_goes_on_in_its_output_with_the_flags_given(run_train, 
     assert newest(run_dir)["training"]["totals"]["lineage"] == 20
     log = (run_dir.parent / "logs" / "train_run_rank_0000.log").read_text()
     assert "resumed checkpoint_rank_0000_step_000010" in log
-    assert seekers == []  # it has weights of its own
-    with pytest.raises(UserError, match="--dim"):
-        run_train("run", "--dim", "32")
+    assert len(seekers) == 1  # with peers, it would not wait for luck to meet them again
+    assert train.main(["--data", str(text), "--output", "run", "--dim", "32"]) == 1
+    assert "error: rank 0: expected --dim 16" in capsys.readouterr().err
 
 
 def test_a_restarted_rank_that_began_from_a_file_goes_on_from_its_own(run_train, restarted):
@@ -264,7 +267,7 @@ def test_a_restarted_rank_without_a_checkpoint_takes_the_best_of_the_others(run_
     base = [name for name in old["training"]["tensors"] if name.startswith("z.")]  # not moved by such a rate
     assert_same(*({name: content["training"]["tensors"][name] for name in base} for content in (old, new)))
     assert old["training"]["lanes"] != new["training"]["lanes"]
-    assert seekers == []
+    assert len(seekers) == 1
 
 
 def test_a_rank_killed_before_the_run_was_described_starts_in_its_place_again(run_train, restarted):
@@ -276,3 +279,25 @@ def test_a_rank_killed_before_the_run_was_described_starts_in_its_place_again(ru
     restarted()
     run_train("run", "--train_steps", "2", *QUIET)
     assert newest(run_dir)["step"] == 2 and (run_dir / "config.json").exists()
+
+
+def test_a_rank_that_was_restarted_trains_to_the_end_of_its_first_process_minutes(run_train, restarted, monkeypatch):
+    run = run_train("run", "--train_steps", "5", "--max_minutes", "59")
+    restarted()
+    monkeypatch.setenv(BEGAN, str(time.monotonic() - 3600))
+    run_train("run", "--train_steps", "10", "--max_minutes", "61")
+    run_train("run", "--train_steps", "15", "--max_minutes", "59")
+    assert max(file.step for file in list_checkpoints(run)) == 10
+
+
+@pytest.mark.injects(Injection.DISK_ERROR)
+def test_a_rank_that_was_restarted_tries_again_where_it_finds_a_file_unreadable(run_train, capsys, restarted):
+    """Status 2 would say that it is the user's mistake, and that another try does not help."""
+    run = run_train("run", "--train_steps", "5")
+    (run / "config.json").unlink()
+    (run / "config.json").mkdir()
+    with pytest.raises(UserError, match="readable config"):
+        train.main(["--resume", "run", "--train_steps", "10"])
+    restarted()
+    assert train.main(["--resume", "run", "--train_steps", "10"]) == 1
+    assert "error: rank 0: expected a readable config.json" in capsys.readouterr().err

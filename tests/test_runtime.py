@@ -309,3 +309,11 @@ def test_signals_save_is_taken_once_and_stops_nothing(listener):
         listener.send_signal(signal.SIGUSR1)
         assert flags_of(listener) == ["False", "True"]
         assert flags_of(listener) == ["False", "False"]
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_a_script_without_its_packages_says_so_in_one_line(script):
+    done = subprocess.run([sys.executable, "-S", "-E", ROOT / script], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: expected the packages of requirements.txt, got a Python without torch")
+    assert done.stderr.count("\n") == 1

@@ -125,24 +125,25 @@ def test_slurm_job_survives_a_dead_node_and_restarts_a_killed_rank(submit, slurm
 
 
 def test_slurm_job_saves_before_its_time_limit_is_requeued_and_resumes(submit, slurm):
-    job = submit(1, "--train_steps", "500", options=("--time=1", "--signal=B:USR1@5"))
+    job = submit(1, "--train_steps", "250", options=("--time=10", "--signal=B:USR1@40"))
     job.trains()
     pids = [job.pid(rank) for rank in range(2)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)  # so that nobody is done before
+    slurm.run("scontrol", "update", f"JobId={job.id}", "EndTime=now+60")  # Slurm looks at limits every 30 s
     job.eventually(lambda: "the time limit is near" in job.said())
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
     job.eventually(lambda: "2 of 2 ranks have saved since" in job.said())
     reached = {file.rank: file.step for file in job.checkpoints()}
-    assert max(reached.values()) < 500
+    assert max(reached.values()) < 250
     job.eventually(lambda: slurm.state(job.id) == "PENDING")
     slurm.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # enough for all the rest, however slow
     assert job.ends() == "COMPLETED"
     for rank, step in reached.items():
         assert re.search(rf"resumed checkpoint_rank_{rank:04d}_step_{step:06d}_", job.log(rank))
     assert slurm.job(job.id)["Restarts"] == "1"
-    assert [job.checkpoints(rank)[-1].step for rank in range(2)] == [500, 500]
+    assert [job.checkpoints(rank)[-1].step for rank in range(2)] == [250, 250]
 
 
 def test_slurm_job_that_is_cancelled_saves_first(submit, slurm):

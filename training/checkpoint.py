@@ -8,6 +8,7 @@ weights_only=True: a checkpoint can not run code.
 
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,9 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     try:
         behind = path.resolve()  # what a link of the run leads to may change, and what a checkpoint's own name does not
         with open(behind, "rb") as file:
+            if not zipfile.is_zipfile(file):  # torch's own words for it are of pickles and versions
+                raise ValueError("none, or cut")
+            file.seek(0)
             sealed = is_sealed(file)
             content = torch.load(behind if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
@@ -201,7 +205,10 @@ def find_model_file(path: Path) -> Path:
     for name in ("best.pt", "latest.pt"):
         if (path / name).is_file():
             return path / name
-    raise CheckpointError(f"expected a run directory with best.pt or latest.pt, got {path}: give a checkpoint file")
+    advice = "give a checkpoint file"
+    if (path / "model.safetensors").is_file():
+        advice = f"export.py --model {path} --output FILE.pt makes a checkpoint of an exported folder"
+    raise CheckpointError(f"expected a run directory with best.pt or latest.pt, got {path}: {advice}")
 
 
 def best_first(files: list[CheckpointFile]) -> list[CheckpointFile]:

@@ -59,7 +59,9 @@ class Corpus:
                 self._segments.append(np.array([delimiter], dtype=np.uint8))
             digest.update(size.to_bytes(8, "little") + bytes(mapped[:4096]) + bytes(mapped[-4096:]))
         if not self._segments:
-            raise UserError(f"expected bytes to train on, got only empty files ({', '.join(map(str, files[:3]))})")
+            raise UserError(
+                f"expected bytes to train on, got only empty files ({', '.join(map(str, files[:3]))}): name others"
+            )
         self._starts = np.cumsum([0] + [len(segment) for segment in self._segments])
         self.fingerprint = digest.hexdigest()[:16]
 

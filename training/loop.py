@@ -96,6 +96,7 @@ class Trainer:
         self._recovery = Recovery(self)
         self._rejuvenation = Rejuvenation(self)
         self.saved_step: int | None = None
+        self._save_failure: str | None = None  # of the newest save
         self._save_due = False
         self._flops_per_byte = flops_per_byte(parts.model)
         self._peak_flops = peak_flops(parts.device, choose_dtype(parts.options.compute.dtype, parts.device))
@@ -272,6 +273,7 @@ class Trainer:
     def _report_save(self, saved: Saved | None) -> None:
         if saved is None:
             return
+        self._save_failure = saved.failure
         if saved.path is None:
             self.event("save_failed", f"{saved.failure}; the older checkpoints stand, training goes on")
             return
@@ -279,6 +281,11 @@ class Trainer:
             self.event("tidy_failed", saved.tidying)
         self.saved_step = saved.moment.step
         self._line(f"saved {saved.path.name}{f' ({saved.moment.why})' if saved.moment.why else ''}")
+
+    @property
+    def unsaved(self) -> str | None:
+        """Why the newest step is in no checkpoint, once the last save has ended; None if it is in one."""
+        return None if self.saved_step == self.totals.step else self._save_failure or "not saved"
 
     def mixes(self) -> dict[str, int]:
         """Counters of this rank's exchanges since its run began."""

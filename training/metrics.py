@@ -41,15 +41,18 @@ class MetricsFile:
             file.write("\t".join(COLUMNS) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after `step`, which a resumed run is about to write again; make the file if it is missing."""
+        """Drop the rows after `step`, which a resumed run is about to write again, and damaged ones; make the file if
+        it is missing. Raises OSError.
+        """
         if not self.path.exists():
             self.create()
             return
-        with open(self.path, newline="") as file:
+        with open(self.path, newline="", errors="replace") as file:
             lines = file.read().splitlines()
         position = COLUMNS.index("step")
         rows = [line.split("\t") for line in lines[1:]]
-        kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[position]) <= step]
+        whole = [row for row in rows if len(row) == len(COLUMNS) and row[position].isdecimal()]
+        kept = [row for row in whole if int(row[position]) <= step]
         atomic_write(self.path, "\n".join("\t".join(row) for row in [COLUMNS, *kept]) + "\n")
 
     def append(self, row: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 from blake3 import blake3
 
 from gossip.comparison import Evidence
-from gossip.protocol import PROBE_WINDOWS_LIMIT
+from gossip.protocol import LOSS_LIMIT, PROBE_WINDOWS_LIMIT
 from mingru.minLM import MinLM
 from training.data import Chunk, Region, document_starts
 from training.losses import averaged_lane_losses
@@ -67,11 +67,11 @@ class Probe:
 
     def measure(self) -> tuple[float, Evidence | None]:
         """The averaged weights as they are now, each window from a state of zero: their mean loss in nats per byte, and
-        the windows' losses, None if those are not finite.
+        the windows' losses, None if those are beyond LOSS_LIMIT or not numbers.
         """
         losses = averaged_lane_losses(self._model, self._weights, self._passes(), self._device)
-        finite = bool(np.isfinite(losses).all())
-        evidence = Evidence(self.id, tuple(round(float(x), _DIGITS) for x in losses)) if finite else None
+        sound = bool((losses <= LOSS_LIMIT).all())  # NaN is not
+        evidence = Evidence(self.id, tuple(round(float(x), _DIGITS) for x in losses)) if sound else None
         return float(losses.mean()), evidence
 
     def __str__(self) -> str:

@@ -1,5 +1,6 @@
 """One of the worst ranks takes up an elite checkpoint, and keeps what that made of it only if it is no worse."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,8 @@ class Rejuvenation:
         Raises CheckpointError where there is none at all.
         """
         run_dir = self._trainer.parts.run.path
-        links = [(link, link.resolve().name) for link in sorted(run_dir.glob("elite_*.pt"))]
+        # Not Path.resolve(), which raises RuntimeError for links in a circle.
+        links = [(link, os.path.basename(os.path.realpath(link))) for link in sorted(run_dir.glob("elite_*.pt"))]
         if not links:
             raise CheckpointError(f"expected an elite checkpoint, got none in {run_dir}: none was saved yet")
         untried = [(link, name) for link, name in links if name not in self._refused]

@@ -108,15 +108,21 @@ class RunDirectory:
         try:
             options = json.loads(self.config.read_text())["options"]
             return {group: dict(values) for group, values in options.items()}
-        except FileNotFoundError:
-            raise UserError(f"expected a run directory to resume, got {self.path} without config.json") from None
+        except (FileNotFoundError, NotADirectoryError):
+            got = "without config.json" if self.path.is_dir() else "which is no folder"
+            raise UserError(
+                f"expected a run directory to resume, got {self.path}, {got}: check the path, or start a new run"
+            ) from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"expected a readable config.json in {self.path}, got {error}: mend the file") from None
 
     def write_config(
-        self, options: Options, model: ModelConfig, parameters: int, identity: Identity, device: str
+        self, options: Options, model: ModelConfig, parameters: int, identity: Identity, device: str, is_new: bool
     ) -> None:
-        """Write config.json: all options resolved, the model, and what is needed to repeat the run."""
+        """Write config.json: all options resolved, the model, and what is needed to repeat the run.
+
+        Raises UserError where a new run's cannot be written; a run that goes on has one, and goes on with that.
+        """
         content = {
             "run": self.name,
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -133,7 +139,12 @@ class RunDirectory:
             "working_directory": os.getcwd(),  # where logs/ and gossip_logs/ are
             "device": device,
         }
-        atomic_write(self.config, json.dumps(content, indent=2) + "\n")
+        try:
+            atomic_write(self.config, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            if is_new:
+                raise UserError(f"expected a writable --output, got {self.path}: {error.strerror}") from None
+            say(f"warning: {self.config} stays as it was ({error.strerror}); training goes on")
 
 
 def git_revision() -> str | None:

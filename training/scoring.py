@@ -28,7 +28,8 @@ def score(model: MinLM, path: Path, delimiter: int | None) -> float:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _score(model, content, delimiter)
     except (OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
-        raise UserError(f"expected a readable file of at least 2 bytes, got {path} ({error}): choose another") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"expected a readable file of 2 bytes or more, got {path} ({reason}): choose another") from None
 
 
 def _score(model: MinLM, content: mmap.mmap, delimiter: int | None) -> float:

@@ -124,7 +124,8 @@ def choose_model(options: Options, given: Mapping[str, Any], resumed: Resumed | 
         flag = "--no_enable_conv" if has_conv else "--enable_conv"
         raise UserError(f"expected no {flag}, as in {options.run.init_from}, got it: leave it out")
     if "params" in given and abs(parameter_count(config) / given["params"] - 1) > 0.01:
-        raise UserError(f"expected --params {parameter_count(config)} of {options.run.init_from}: leave it out")
+        expected = f"--params {parameter_count(config)} of {options.run.init_from}"
+        raise UserError(f"expected {expected}, got {given['params']}: leave it out")
     return dataclasses.replace(config, dropout=wanted.dropout)
 
 
@@ -143,7 +144,7 @@ def open_data(options: Options) -> tuple[Corpus, Region, Region | None]:
     else:
         training_region, held_out = corpus.split(data.val_fraction)
     if options.run.val_every and held_out is not None and len(held_out) < 2:
-        raise UserError(f"expected at least 2 held-out bytes, got {len(held_out)}: give more, or set --val_every 0")
+        raise UserError(f"expected at least 2 held-out bytes, got {len(held_out)}: give more data or --val_every 0")
     return corpus, training_region, held_out
 
 

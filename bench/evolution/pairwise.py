@@ -25,13 +25,14 @@ from training.probe import Probe
 class Meeting(Policy):
     """Two replicas meet. p: chance a step that a replica calls; payload: full, or weights (no second moments); wire:
     fp32, or bf16 (rounded to nearest); rollback: nats per byte by which a merge may make the receiver worse on its
-    probe (inf: not judged).
+    probe (inf: not judged); shun: nobody meets so many of the replicas, the last ones (those that corrupt=N corrupts).
     """
 
     p: float = 0.02
     payload: str = "full"
     wire: str = "fp32"
     rollback: float = math.inf
+    shun: int = 0
 
     def __post_init__(self) -> None:
         require(0 <= self.p <= 1, "p", "a chance from 0 to 1", self.p)
@@ -46,7 +47,9 @@ class Meeting(Policy):
     def after_step(self, step: int) -> None:
         for caller in self.replicas:
             if self.dice.random() < self.p and len(self.replicas) > 1:
-                self.meet(caller, self.dice.choice([other for other in self.replicas if other is not caller]))
+                called = self.dice.choice([other for other in self.replicas if other is not caller])
+                if max(caller.rank, called.rank) < len(self.replicas) - self.shun:
+                    self.meet(caller, called)
 
     def meet(self, caller: Replica, called: Replica) -> None:
         """Decide whose weights travel, and let them."""

@@ -21,7 +21,7 @@ from training.setup import choose_model
 
 CPU = torch.device("cpu")
 HEARD = {field.name for group in (ModelOptions, OptimizerOptions, ComputeOptions) for field in fields(group)}
-HEARD = (HEARD | {"chunk_size", "batch_size"}) - {"grad_accum", "seed"}
+HEARD = (HEARD | {"chunk_size", "batch_size", "lane_groups"}) - {"grad_accum", "seed"}
 
 
 def parse_flags(text: str, parameters: int) -> dict[str, Any]:
@@ -44,9 +44,11 @@ class Ours:
         self._model = MinLM(config)
         self._weights = build_optimizer(self._model, options.optimizer)
         data = options.data
-        self._lanes = LaneReader(training, data.batch_size, data.chunk_size, rank=0, world_size=1, seed=seed)
+        self._lanes = LaneReader(
+            training, data.batch_size, data.chunk_size, rank=0, world_size=1, seed=seed, groups=data.lane_groups
+        )
         self._forward = training_pass(self._model, options.compute, CPU)
-        self._state = self._model.initial_state(data.batch_size)
+        self._state = self._model.initial_state(len(self._lanes.positions))
         self._clip = options.optimizer.grad_clip or math.inf
         self.parameters = parameter_count(config)
         self.told = {
@@ -57,13 +59,14 @@ class Ours:
     def train_step(self, spent: float) -> int:
         """See Contestant; there is no schedule, so `spent` makes no difference."""
         self._model.train()
+        turn = self._lanes.turn
         chunk = self._lanes.next_chunk()
-        loss, state = chunk_loss(self._forward, chunk, self._state, CPU)
+        loss, after = chunk_loss(self._forward, chunk, self._state.lanes(turn), CPU)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
         self._weights.step()
         self._model.zero_grad(set_to_none=True)
-        self._state = state.detach()
+        self._state = self._state.with_lanes(turn, after.detach())
         return chunk.reset_BT.size
 
     def loss(self, chunk: Chunk, state: MinLMState | None) -> tuple[Tensor, MinLMState]:

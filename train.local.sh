@@ -26,7 +26,7 @@ VAL_EVERY=${VAL_EVERY:-200}
 MIXING_RATE=${MIXING_RATE:-0.05}
 MERGE_METHOD=${MERGE_METHOD:-average}
 # A model that two CPU cores can teach something in two minutes, and its rate; given another model, train.py's defaults.
-MODEL=${MODEL:---dim 96 --depth 3 --ff_mult 2 --lr 0.01 --warmup_steps 50}
+MODEL=${MODEL:---dim 96 --depth 3 --ff_mult 2 --no_enable_conv --lr 0.01 --warmup_steps 50}
 GOSSIP_HOST=${GOSSIP_HOST:-127.0.0.1}
 SAMPLE_PROMPT=${SAMPLE_PROMPT:-"def "}
 SAMPLE_BYTES=${SAMPLE_BYTES:-300}

@@ -97,6 +97,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     lanes = LaneReader(
         training_region, options.data.batch_size, options.data.chunk_size,
         rank=identity.rank, world_size=identity.world_size, seed=options.optimizer.seed,
+        groups=options.data.lane_groups,
     )  # fmt: skip
     model = build_model(config, setup.initial_weights(options, config, resumed), device)
     torch.manual_seed((options.optimizer.seed * 1_000_003 + identity.rank + 1) % 2**63)  # dropout differs by rank

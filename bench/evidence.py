@@ -13,6 +13,7 @@ from blake3 import blake3
 from bench.population import ROOT, Population
 from bench.provenance import provenance
 from bench.witness import testimony
+from runtime.files import atomic_write
 from training.checkpoint import CheckpointFile, list_checkpoints, load_for_use, read_checkpoint
 from training.data import Corpus, Region, validation_chunks
 from training.losses import chunk_loss
@@ -82,7 +83,7 @@ def _loss(path: Path, held_out: Region) -> float:
 def write_result(path: Path, bench: str, content: dict) -> None:
     """A bench's figures as JSON, with what is needed to judge and to repeat them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"bench": bench} | provenance(f"bench.{bench}") | content, indent=2) + "\n")
+    atomic_write(path, json.dumps({"bench": bench} | provenance(f"bench.{bench}") | content, indent=2) + "\n")
 
 
 def spread(values: list[float]) -> dict[str, float]:

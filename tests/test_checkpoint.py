@@ -220,7 +220,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_read_whole(tmp_path, m
 
 
 def test_checkpoint_bytes_bound_what_is_written(run_train):
-    for name, flags in (("tiny", []), ("conv", ["--enable_conv", "--batch_size", "9", "--dim", "64", "--depth", "5"])):
+    for name, flags in (("tiny", ["--no_enable_conv"]), ("conv", ["--batch_size", "9", "--dim", "64", "--depth", "5"])):
         run_dir = run_train(name, "--train_steps", "2", "--val_every", "0", *flags)
         (file,) = list_checkpoints(run_dir)
         content = read_checkpoint(file.path)

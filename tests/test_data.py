@@ -25,8 +25,8 @@ def whole(corpus: Corpus) -> Region:
     return Region(corpus, 0, len(corpus))
 
 
-def reader(region: Region, batch_size=2, chunk_size=5, rank=0, world_size=1, seed=0) -> LaneReader:
-    return LaneReader(region, batch_size, chunk_size, rank=rank, world_size=world_size, seed=seed)
+def reader(region: Region, batch_size=2, chunk_size=5, rank=0, world_size=1, seed=0, groups=1) -> LaneReader:
+    return LaneReader(region, batch_size, chunk_size, rank=rank, world_size=world_size, seed=seed, groups=groups)
 
 
 def test_find_files_takes_files_folders_and_globs_each_once(tmp_path):
@@ -114,6 +114,36 @@ def test_lanes_are_spread_over_ranks_and_depend_on_the_seed(tmp_path):
     assert [list(positions * 8 // len(region)) for positions in places] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert np.array_equal(places[0], reader(region, batch_size=4, rank=0, world_size=2).positions)
     assert not np.array_equal(places[0], reader(region, batch_size=4, rank=0, world_size=2, seed=1).positions)
+
+
+def test_lanes_of_groups_take_turns_and_each_goes_on_where_it_was(tmp_path):
+    content = bytes(np.random.default_rng(0).integers(32, 127, 999, dtype=np.uint8)) + b"\x1e"
+    lanes = reader(whole(corpus_of(tmp_path, content)), batch_size=2, chunk_size=50, groups=3)
+    starts, read = lanes.positions.copy(), {lane: b"" for lane in range(6)}
+    assert list(starts * 6 // len(content)) == [0, 3, 1, 4, 2, 5]  # every group all over the region
+    for step in range(12):
+        assert lanes.turn == slice(step % 3 * 2, step % 3 * 2 + 2)
+        whose = range(6)[lanes.turn]
+        lanes.prefetch()
+        for lane, ids_S in zip(whose, lanes.next_chunk().ids_BS, strict=True):
+            read[lane] += bytes(ids_S[:-1])
+    for lane, start in enumerate(starts):
+        assert read[lane] == (content * 2)[start : start + 200]
+
+
+def test_lanes_of_groups_restore_whose_turn_it_is(tmp_path):
+    region = whole(corpus_of(tmp_path, bytes(range(32, 127)) * 20))
+    lanes = reader(region, groups=3)
+    for _ in range(4):
+        lanes.next_chunk()
+    state = lanes.state_dict()
+    again = reader(region, seed=9, groups=3)
+    again.load_state_dict(state)
+    for _ in range(3):
+        assert np.array_equal(again.next_chunk().ids_BS, lanes.next_chunk().ids_BS)
+    fewer = reader(region, seed=9, groups=2)
+    fewer.load_state_dict(state)
+    assert fewer.turn == slice(2, 4) and list(fewer.positions) == state["positions"][:4]
 
 
 def test_lanes_restore_their_place_and_give_new_lanes_their_own(tmp_path):

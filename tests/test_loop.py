@@ -85,6 +85,25 @@ def test_a_step_trains_on_every_chunk_and_carries_the_state(run_train, trainers)
     assert trainer.loss == pytest.approx(sum(losses) / 3, abs=1e-5)
 
 
+def test_groups_of_lanes_take_turns_each_with_its_own_state(run_train, trainers):
+    flags = ["--lr", "1e-30", "--document_delimiter", "none", "--lane_groups", "2"]
+    run_train("run", "--train_steps", "1", *flags, *QUIET)
+    (trainer,) = trainers
+    start = trainer.parts.lanes.state_dict()
+    losses = {}
+    for name, length, steps in (("short", 32, 4), ("long", 64, 2)):  # each group two chunks; or one, twice as long
+        trainer.parts.lanes.load_state_dict(start)
+        trainer.parts.lanes.chunk_size = length
+        trainer.state = trainer.initial_state()
+        assert trainer.state.hidden.shape[1] == 4
+        losses[name] = []
+        for _ in range(steps):
+            trainer.train_step()
+            losses[name].append(trainer.loss)
+    a, b, c, d = losses["short"]
+    assert losses["long"] == pytest.approx([(a + c) / 2, (b + d) / 2], abs=1e-5)
+
+
 def test_a_non_finite_gradient_is_not_applied_and_is_logged(run_train, trainers, monkeypatch, tmp_path):
     original = Trainer.train_step
     seen = {}

@@ -39,11 +39,12 @@ def metrics_rows(run_dir, rank=0) -> list[dict]:
     "flags",
     [
         [],
-        ["--enable_conv", "--dropout", "0.2", "--grad_accum", "2"],
+        ["--lane_groups", "3"],
+        ["--no_enable_conv", "--dropout", "0.2", "--grad_accum", "2"],
         ["--no_schedulefree", "--ff_mult", "0"],
         ["--document_delimiter", "none"],
     ],
-    ids=["plain", "conv-dropout-accum", "adamw", "one-document"],
+    ids=["plain", "lane-groups", "no-conv-dropout-accum", "adamw", "one-document"],
 )
 def test_resume_10_and_10_steps_equal_20_bit_for_bit(run_train, flags):
     whole = run_train("whole", "--train_steps", "20", *QUIET, *flags)
@@ -175,7 +176,7 @@ def test_init_from_starts_a_new_run_at_the_averaged_weights(run_train):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--dim", "24"], ["--depth", "3"], ["--enable_conv"], ["--params", "1m"]], ids=" ".join
+    "flags", [["--dim", "24"], ["--depth", "3"], ["--no_enable_conv"], ["--params", "1m"]], ids=" ".join
 )
 def test_init_from_refuses_flags_that_disagree_with_the_file(run_train, flags):
     run_train("first", "--train_steps", "1", *QUIET)

@@ -141,13 +141,17 @@ class LaneReader:
     """Lanes that each read a region contiguously, from their own place, round and round.
 
     Chunk k of a lane that began at p holds inputs [p+kT, p+kT+T) and targets one further: no byte is lost between
-    chunks. Lane i of rank r of W ranks begins in the (iW+r)-th of WB equal parts, at a place drawn from the seed: each
-    rank reads all over the region, between the others' lanes.
+    chunks. The lanes are G groups of B that take turns: a chunk is of one group, and the lanes of the others wait
+    where they are. Lane i of group g of rank r of W ranks begins in the ((iG+g)W+r)-th of WGB equal parts, at a place
+    drawn from the seed: each group of each rank reads all over the region, between the others' lanes.
+
+    positions: of lane i of group g at gB+i.
     """
 
     def __init__(
-        self, region: Region, batch_size: int, chunk_size: int, *, rank: int, world_size: int, seed: int
-    ) -> None:
+        self, region: Region, batch_size: int, chunk_size: int, *, rank: int, world_size: int, seed: int,
+        groups: int = 1,
+    ) -> None:  # fmt: skip
         if len(region) < chunk_size + 1:
             raise UserError(
                 f"expected at least {chunk_size + 1} bytes of training data (a chunk and its target), got {len(region)}"
@@ -155,41 +159,49 @@ class LaneReader:
             )
         self.region = region
         self.chunk_size = chunk_size
-        lanes = world_size * batch_size
-        place_in_part = np.random.default_rng((seed, rank)).random(batch_size)
+        self._batch_size, self._groups, self._turn = batch_size, groups, 0
+        lanes = groups * batch_size
+        place_in_part = np.random.default_rng((seed, rank)).random(lanes)
         self._ahead: tuple[np.ndarray, Chunk] | None = None  # a chunk read ahead, and the positions it was read at
-        parts = np.arange(batch_size) * world_size + rank
-        self.positions = ((parts + place_in_part) / lanes * len(region)).astype(np.int64) % len(region)
+        parts = np.arange(lanes).reshape(batch_size, groups).T.ravel() * world_size + rank
+        self.positions = ((parts + place_in_part) / (lanes * world_size) * len(region)).astype(np.int64) % len(region)
         # A region that ends inside a document: its start must not continue that document.
         self._fresh_start = region.corpus.delimiter is None or int(region.read(len(region) - 1, len(region))[0]) != (
             region.corpus.delimiter
         )
 
+    @property
+    def turn(self) -> slice:
+        """The lanes that next_chunk will read."""
+        return slice(self._turn * self._batch_size, (self._turn + 1) * self._batch_size)
+
     def next_chunk(self) -> Chunk:
-        """The next chunk of every lane; `positions` then counts it as consumed."""
+        """The next chunk of the group whose turn it is; `positions` then counts it as consumed."""
         self.prefetch()
         _, chunk = self._ahead
         self._ahead = None
-        self.positions = (self.positions + self.chunk_size) % len(self.region)
+        self.positions[self.turn] = (self.positions[self.turn] + self.chunk_size) % len(self.region)
+        self._turn = (self._turn + 1) % self._groups
         return chunk
 
     def prefetch(self) -> None:
         """Read the chunk that next_chunk will return, if that is not done; `positions` stays."""
-        if self._ahead is None or not np.array_equal(self._ahead[0], self.positions):
-            self._ahead = self.positions.copy(), self._read()
+        positions = self.positions[self.turn]
+        if self._ahead is None or not np.array_equal(self._ahead[0], positions):
+            self._ahead = positions.copy(), self._read(positions)
 
-    def _read(self) -> Chunk:
-        ids_BS = np.stack([self.region.read_around(int(p), self.chunk_size + 1) for p in self.positions])
+    def _read(self, positions: np.ndarray) -> Chunk:
+        ids_BS = np.stack([self.region.read_around(int(p), self.chunk_size + 1) for p in positions])
         reset_BT = document_starts(ids_BS[:, :-1], self.region.corpus.delimiter)
         if self._fresh_start:
-            to_start = (-self.positions) % len(self.region)
+            to_start = (-positions) % len(self.region)
             for lane in np.flatnonzero(to_start < self.chunk_size):
                 reset_BT[lane, to_start[lane] :: len(self.region)] = True
         return Chunk(ids_BS, reset_BT)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every lane will read next."""
-        return {"positions": self.positions.tolist(), "region_bytes": len(self.region)}
+        """Where every lane will read next, and whose turn it is."""
+        return {"positions": self.positions.tolist(), "turn": self._turn, "region_bytes": len(self.region)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the stored lanes' places; with more lanes than stored, the further ones keep their own.
@@ -203,6 +215,7 @@ class LaneReader:
             )
         kept = min(len(state["positions"]), len(self.positions))
         self.positions[:kept] = state["positions"][:kept]
+        self._turn = state["turn"] % self._groups
 
 
 def validation_chunks(region: Region, batch_size: int, chunk_size: int, max_bytes: int) -> Iterator[Chunk]:

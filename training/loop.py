@@ -84,7 +84,7 @@ class Trainer:
         self.model = parts.model
         self.weights = parts.weights
         self.forward = training_pass(parts.model, parts.options.compute, parts.device)
-        self.state: MinLMState = parts.model.initial_state(parts.options.data.batch_size)
+        self.state: MinLMState = self.initial_state()
         self.totals = Totals()
         self.dice = random.Random(f"{parts.options.optimizer.seed} {parts.run.rank}")
         self.mixes_before: dict[str, int] = {}
@@ -101,16 +101,21 @@ class Trainer:
         self._flops_per_byte = flops_per_byte(parts.model)
         self._peak_flops = peak_flops(parts.device, choose_dtype(parts.options.compute.dtype, parts.device))
 
+    def initial_state(self) -> MinLMState:
+        """Of all lanes: each at the start of a document."""
+        return self.model.initial_state(len(self.parts.lanes.positions))
+
     def train_step(self) -> bool:
         """One optimizer step over --grad_accum chunks; not applied, and False, if loss or gradients are not finite."""
         chunks = self.options.optimizer.grad_accum
         self.model.train()
         state, total = self.state, 0.0
         for _ in range(chunks):
+            turn = self.parts.lanes.turn
             chunk = self.parts.lanes.next_chunk()
-            loss, state = chunk_loss(self.forward, chunk, state, self.parts.device)
+            loss, after = chunk_loss(self.forward, chunk, state.lanes(turn), self.parts.device)
             (loss / chunks).backward()
-            state = state.detach()
+            state = state.with_lanes(turn, after.detach())
             total = total + loss.detach()
             self.totals.bytes_seen += chunk.reset_BT.size
             self.totals.documents += int(chunk.reset_BT.sum())

@@ -119,6 +119,9 @@ class DataOptions:
                              _val_bytes)  # fmt: skip
     chunk_size: int = _option(256, "bytes of a lane that one forward and backward pass sees", parse_size)
     batch_size: int = _option(8, "lanes: places of the data that are read in parallel", _whole(1))
+    lane_groups: int = _option(1, "groups of so many lanes that take turns, a chunk each: neighbouring steps then see "
+                               "other text, and the weights do not follow what is read at the moment",
+                               _whole(1))  # fmt: skip
     document_delimiter: int | None = _option(
         0x1E, "byte that ends a document, in hexadecimal, or none", parse_delimiter, fixed=True, show="1e"
     )
@@ -134,7 +137,7 @@ class ModelOptions:
     depth: int | None = _option(None, "number of layers", _whole(1), fixed=True)
     expansion_factor: float = _option(1.5, "width of the recurrence over --dim", _POSITIVE, fixed=True)
     ff_mult: float = _option(4.0, "width of the feed-forward over --dim; 0: no feed-forward", _NOT_NEGATIVE, fixed=True)
-    enable_conv: bool = _option(False, "a causal depthwise convolution of 4 taps before each recurrence", fixed=True)
+    enable_conv: bool = _option(True, "a causal depthwise convolution of 4 taps before each recurrence", fixed=True)
     dropout: float = _option(0.0, "chance that a layer's output element is dropped in training",
                              _real(0, 1, below=True), fixed=True)  # fmt: skip
 

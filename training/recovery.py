@@ -32,7 +32,7 @@ class Recovery:
         """A step was not finite, and not applied. Raises TrainingDiverged when returning does not help."""
         trainer = self._trainer
         self._bad_steps += 1
-        trainer.state = trainer.model.initial_state(trainer.options.data.batch_size)
+        trainer.state = trainer.initial_state()
         trainer.event("non_finite", f"a loss or gradient is not finite ({self._bad_steps} in a row); step not applied")
         if self._bad_steps < BAD_STEPS_IN_A_ROW:
             return

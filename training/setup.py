@@ -119,8 +119,10 @@ def choose_model(options: Options, given: Mapping[str, Any], resumed: Resumed | 
             raise UserError(
                 f"expected --{flag} {getattr(config, name)} of {options.run.init_from}, got {given[flag]}: leave it out"
             )
-    if "enable_conv" in given and config.conv_kernel_size is None:
-        raise UserError(f"expected no --enable_conv, as in {options.run.init_from}, got it: leave it out")
+    has_conv = config.conv_kernel_size is not None
+    if given.get("enable_conv", has_conv) != has_conv:
+        flag = "--no_enable_conv" if has_conv else "--enable_conv"
+        raise UserError(f"expected no {flag}, as in {options.run.init_from}, got it: leave it out")
     if "params" in given and abs(parameter_count(config) / given["params"] - 1) > 0.01:
         expected = f"--params {parameter_count(config)} of {options.run.init_from}"
         raise UserError(f"expected {expected}, got {given['params']}: leave it out")

@@ -134,6 +134,9 @@ COMMANDS: dict[str, Here | Elsewhere] = {
     "python -m bench training stall": Elsewhere(
         "tests/test_benches.py", "test_bench_runs_the_benchmarks_that_are_named"
     ),
+    "python -m bench.race --data F": Elsewhere(
+        "tests/test_race.py", "test_race_runs_every_model_once_and_reports_each"
+    ),
     "python -m bench.chaos": Elsewhere("tests/test_chaos.py", "test_chaos_measures_both_populations_alike"),
     "python -m bench.killing": Elsewhere(
         "tests/test_chaos.py", "test_killing_in_the_middle_of_phases_costs_no_whole_checkpoint"

@@ -77,7 +77,8 @@ def flags_of(setting: Setting, arm: Arm, seed: int) -> list[str]:
         "warmup_steps": setting.warmup_steps, "val_every": 0, "save_every": 10 * setting.steps, "log_every": 1,
         "gossip_host": "127.0.0.1", "gossip_heartbeat": 0.5,  # so that ranks know each other soon
     } | _gossip(policy)  # fmt: skip
-    return ["--cpu", "--no_enable_conv", *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
+    words = (word for name, value in values.items() for word in (f"--{name}", str(value)))
+    return ["--cpu", "--no_enable_conv", *words]
 
 
 def _gossip(policy: Policy) -> dict[str, str | float]:

@@ -94,15 +94,11 @@ class MinLMState(NamedTuple):
         """The lanes that `index` selects (a slice, a list, or a tensor of indices or booleans)."""
         return MinLMState(self.hidden[:, index], None if self.conv is None else self.conv[:, index])
 
-    def with_lanes(self, index: slice, lanes: "MinLMState") -> "MinLMState":
-        """A copy in which `lanes` are in the place of the lanes that `index` selects."""
-        if lanes.hidden.shape == self.hidden.shape:
-            return lanes
-        hidden, conv = self.hidden.clone(), None if self.conv is None else self.conv.clone()
-        hidden[:, index] = lanes.hidden
-        if conv is not None:
-            conv[:, index] = lanes.conv
-        return MinLMState(hidden, conv)
+    def put(self, index: slice, lanes: "MinLMState") -> None:
+        """Write `lanes` into the place of the lanes that `index` selects."""
+        self.hidden[:, index] = lanes.hidden
+        if self.conv is not None:
+            self.conv[:, index] = lanes.conv
 
 
 class FeedForward(nn.Module):

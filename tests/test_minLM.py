@@ -181,11 +181,13 @@ def test_state_selects_lanes_and_detaches():
     chosen = state.detach().lanes([2, 0])
     assert isinstance(chosen, MinLMState) and not chosen.hidden.requires_grad and not chosen.conv.requires_grad
     assert torch.equal(chosen.hidden, state.hidden[:, [2, 0]]) and torch.equal(chosen.conv, state.conv[:, [2, 0]])
-    mixed = state.with_lanes(slice(1, 2), state.lanes([0]))
-    assert all(torch.equal(new, old[:, [0, 0, 2]]) for new, old in zip(mixed, state, strict=True))
-    assert not torch.equal(state.hidden[:, 0], state.hidden[:, 1])  # else this could not tell, and it is a copy
+    before = state.detach().lanes([0, 1, 2])  # a copy
+    assert not torch.equal(before.hidden[:, 0], before.hidden[:, 1])  # else this could not tell
+    mixed = state.detach()
+    mixed.put(slice(1, 2), before.lanes([0]))
+    assert all(torch.equal(new, old[:, [0, 0, 2]]) for new, old in zip(mixed, before, strict=True))
     alone = MinLM(ModelConfig(dim=8, depth=2)).initial_state(3)
-    assert alone.with_lanes(slice(0, 1), alone.lanes([1])).conv is None
+    alone.put(slice(0, 1), alone.lanes([1]))
     assert alone.lanes([1]).conv is None and alone.detach().conv is None
 
 

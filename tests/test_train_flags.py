@@ -341,7 +341,7 @@ def test_lanes_of_all_ranks_take_turns_over_the_data(run_train, monkeypatch):
     for rank in (0, 1):
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
             monkeypatch.setenv(name, str(value))
-        run_dir = run_train("run", "--train_steps", "1", *QUIET)
+        run_dir = run_train("run", "--train_steps", "1", "--lane_groups", "1", *QUIET)
         lanes = newest(run_dir, rank)["training"]["lanes"]
         places[rank] = [(position - 32) * 4 // lanes["region_bytes"] for position in lanes["positions"]]
     assert places == {0: [0, 2], 1: [1, 3]}

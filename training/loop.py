@@ -106,16 +106,17 @@ class Trainer:
         return self.model.initial_state(len(self.parts.lanes.positions))
 
     def train_step(self) -> bool:
-        """One optimizer step over --grad_accum chunks; not applied, and False, if loss or gradients are not finite."""
+        """One optimizer step over --grad_accum chunks; not applied, and False, if loss or gradients are not finite (the
+        lanes' state is then not to be trusted either)."""
         chunks = self.options.optimizer.grad_accum
         self.model.train()
-        state, total = self.state, 0.0
+        total = 0.0
         for _ in range(chunks):
             turn = self.parts.lanes.turn
             chunk = self.parts.lanes.next_chunk()
-            loss, after = chunk_loss(self.forward, chunk, state.lanes(turn), self.parts.device)
+            loss, state = chunk_loss(self.forward, chunk, self.state.lanes(turn), self.parts.device)
             (loss / chunks).backward()
-            state = state.with_lanes(turn, after.detach())
+            self.state.put(turn, state.detach())
             total = total + loss.detach()
             self.totals.bytes_seen += chunk.reset_BT.size
             self.totals.documents += int(chunk.reset_BT.sum())
@@ -132,7 +133,7 @@ class Trainer:
                 torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
             self.before_write()
             self.weights.step()
-            self.state, self.loss, self.grad_norm = state, loss, grad_norm
+            self.loss, self.grad_norm = loss, grad_norm
             self.totals.step += 1
             self.totals.lineage += 1
             self.parts.fitness.tracker.observe(loss)

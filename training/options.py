@@ -119,7 +119,7 @@ class DataOptions:
                              _val_bytes)  # fmt: skip
     chunk_size: int = _option(256, "bytes of a lane that one forward and backward pass sees", parse_size)
     batch_size: int = _option(8, "lanes: places of the data that are read in parallel", _whole(1))
-    lane_groups: int = _option(1, "groups of so many lanes that take turns, a chunk each: neighbouring steps then see "
+    lane_groups: int = _option(16, "groups of so many lanes that take turns, a chunk each: neighbouring steps then see "
                                "other text, and the weights do not follow what is read at the moment",
                                _whole(1))  # fmt: skip
     document_delimiter: int | None = _option(

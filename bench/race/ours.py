@@ -61,12 +61,12 @@ class Ours:
         self._model.train()
         turn = self._lanes.turn
         chunk = self._lanes.next_chunk()
-        loss, after = chunk_loss(self._forward, chunk, self._state.lanes(turn), CPU)
+        loss, state = chunk_loss(self._forward, chunk, self._state.lanes(turn), CPU)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
         self._weights.step()
         self._model.zero_grad(set_to_none=True)
-        self._state = self._state.with_lanes(turn, after.detach())
+        self._state.put(turn, state.detach())
         return chunk.reset_BT.size
 
     def loss(self, chunk: Chunk, state: MinLMState | None) -> tuple[Tensor, MinLMState]:

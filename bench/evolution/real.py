@@ -78,7 +78,7 @@ def flags_of(setting: Setting, arm: Arm, seed: int) -> list[str]:
         "gossip_host": "127.0.0.1", "gossip_heartbeat": 0.5,  # so that ranks know each other soon
     } | _gossip(policy)  # fmt: skip
     words = (word for name, value in values.items() for word in (f"--{name}", str(value)))
-    return ["--cpu", "--no_enable_conv", *words]
+    return ["--cpu", "--no_enable_conv", "--lane_groups", "1", *words]
 
 
 def _gossip(policy: Policy) -> dict[str, str | float]:

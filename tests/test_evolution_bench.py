@@ -405,8 +405,8 @@ def test_evolution_real_ranks_are_measured_as_simulated_ones_are(data, corpus):
 
 def test_evolution_real_flags_say_the_arm():
     flags = flags_of(setting(), parse_arm("ours:p=0.05,wire=bf16,rollback=inf,lr=2", POLICIES), 3)
-    given = dict(zip(flags[1::2], flags[2::2], strict=True))
-    assert flags[0] == "--cpu" and given["--lr"] == "0.02" and given["--seed"] == "3"
+    given = dict(zip(flags[2::2], flags[3::2], strict=True))
+    assert flags[:2] == ["--cpu", "--no_enable_conv"] and given["--lr"] == "0.02" and given["--seed"] == "3"
     assert given["--gossip_mixing_rate"] == "0.05" and given["--gossip_wire_dtype"] == "bf16"
     assert given["--gossip_rollback"] == "none" and given["--gossip_fitness"] == "probe"
     known = parse_arguments(["--data", "x", *flags], "")

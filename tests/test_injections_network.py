@@ -251,7 +251,7 @@ def test_bytes_that_drip_do_not_move_the_deadline(tmp_path, fast):
         until(lambda: counted(caller, failed=1) and counted(answerer, failed=1), caller, answerer)
         assert time.monotonic() - began < 5.0
         assert proxy.passed[True] > fast + 10  # there was always another byte to wait for
-        # Their deadlines are as good as one: who is first closes the connection, which the other may see before its own.
+        # Their deadlines are as good as one: who is first closes the connection, and the other may see that.
         said = [first_failure(rank) for rank in (caller, answerer)]
         assert any(text.startswith(f"{Fault.DEADLINE.value}: 1 s for the") for text in said)
         assert all(text.startswith((Fault.DEADLINE.value, Fault.CLOSED.value)) for text in said)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import math
 import socket
 import struct
 import threading
@@ -114,6 +115,22 @@ def until(condition, *turns):
             rank.boundary()
         time.sleep(0.0005)  # leaves the core to the network threads
     return result
+
+
+def call_until(condition, caller, *turns):
+    """until(), with a call at once, and again each second in which nobody talks: an end that is not yet done with its
+    last conversation answers BUSY."""
+    called = -math.inf
+
+    def called_and_done():
+        nonlocal called
+        idle = not any(rank.node.engaged for rank in turns)
+        if idle and time.monotonic() > called + 1:
+            called = time.monotonic()
+            caller.call()
+        return condition()
+
+    return until(called_and_done, *turns)
 
 
 def values_of(rank):

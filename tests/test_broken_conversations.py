@@ -3,18 +3,16 @@ resets the connection, repeats, reflects or replays. At every phase, in both dir
 weight, both ends say what happened, and their next conversation is as good as any."""
 
 import contextlib
-import math
 import socket
 import struct
 import threading
-import time
 
 import pytest
 
 from bench.injection import Injection
 from gossip.faults import Fault
 from gossip.protocol import HEADER_BYTES, MAC_BYTES, OPENING_BYTES, PROOF_BYTES
-from tests.gossip_helpers import PATIENCE, Rank, RawPeer, counted, last_event, ranks, read, until, values_of
+from tests.gossip_helpers import PATIENCE, Rank, RawPeer, call_until, counted, last_event, ranks, read, until, values_of
 
 SENDER = ("opening", "proof", "hello", "decision", "snapshot", "payload", "end")  # what the fitter one says
 RECEIVER = ("opening", "proof", "hello", "decision", "receipt")
@@ -166,16 +164,9 @@ class Scene:
         self.meddler.spoil = lambda role, phase, message: message
         self.unfit.fitness = 2.0
         until(self.idle, self)
-        called = -math.inf
-
-        def mixed():
-            nonlocal called
-            if time.monotonic() > called + 1 and self.idle():  # again, where one end was not yet done with the last one
-                called = time.monotonic()
-                self.caller.call()
-            return counted(self.fit, won=1) and counted(self.unfit, lost=1 + merged)
-
-        until(mixed, self)
+        call_until(
+            lambda: counted(self.fit, won=1) and counted(self.unfit, lost=1 + merged), self.caller, self.fit, self.unfit
+        )
         assert values_of(self.fit) == values_of(self.unfit) == {1.0}
 
 

@@ -8,7 +8,7 @@ import pytest
 from bench.injection import Injection
 from gossip.faults import Fault
 from gossip.protocol import HEADER_BYTES, KEY_BYTES, OPENING_BYTES, PROOF_BYTES, Receipt, encode_frame
-from tests.gossip_helpers import PATIENCE, Rank, counted, make_state, ranks, until, values_of
+from tests.gossip_helpers import PATIENCE, Rank, call_until, counted, make_state, ranks, until, values_of
 from tests.hosts import network
 from tests.proxy import Proxy
 from tests.remote_rank import PORT, RemoteRank
@@ -191,8 +191,9 @@ def assert_mixes_through(proxy, caller, answerer):
     """Weights travel as soon as the proxy lets them."""
     before = answerer.node.counters.lost
     proxy.cut = proxy.rate = None
-    caller.call()
-    until(lambda: answerer.node.counters.lost > before and caller.node.counters.won > 0, caller, answerer)
+    call_until(
+        lambda: answerer.node.counters.lost > before and caller.node.counters.won > 0, caller, caller, answerer
+    )
     assert values_of(answerer) == {3.0}
 
 

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from bench.population import ROOT, Population
 from bench.provenance import provenance
-from bench.witness import testimony
+from bench.witness import WIRE_TYPES, testimony
 from runtime.files import atomic_write
 from training.checkpoint import CheckpointFile, list_checkpoints, load_for_use, read_checkpoint
 from training.data import Corpus, Region, validation_chunks
@@ -23,6 +23,7 @@ HELD_OUT_BYTES = 64 * 1024
 DIGEST_MARK = b"gruboros blake3 "  # a checkpoint's zip comment: this, 64 hex digits, and nothing after them
 MIXED = ("merged", "averaged", "sent", "rolled_back")  # endings of a conversation in which weights arrived
 CHANGED = ("merged", "averaged")
+SECOND_MOMENTS = "v."  # how their names begin in a checkpoint
 
 
 def is_whole(path: Path) -> bool:
@@ -109,7 +110,7 @@ def judge_merges(population: Population) -> dict:
     merges = [row for row in rows if row["event"] in CHANGED]
     partners = {id(row): [other for other in ends[row["exchange_id"]] if other is not row] for row in merges}
     confirmed = [row for row in merges if [other["event"] in MIXED for other in partners[id(row)]] == [True]]
-    state_bytes = _state_bytes(population)
+    state_bytes = _travelling_bytes(population)
     return {
         "merges_witnessed": len(seen["merge"]),
         "merges_of_a_state_nobody_held": sum(merged not in held for merged in seen["merge"]),
@@ -140,10 +141,14 @@ def mixes(rows: list[dict], begin: float, end: float, endings: tuple[str, ...] =
     return {int(row["rank"]) for row in rows if row["event"] in endings and begin < row["seconds"] <= end}
 
 
-def _state_bytes(population: Population) -> int:
+def _travelling_bytes(population: Population) -> int:
+    """Bytes of a state as the run's options let it travel."""
+    options = json.loads((population.run_dir / "config.json").read_text())["options"]["population"]
     newest = list_checkpoints(population.run_dir)[-1]
     tensors = read_checkpoint(newest.path, mapped=False)["training"]["tensors"]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if options["gossip_payload"] == "weights":
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(SECOND_MOMENTS)}
+    return sum(tensor.numel() for tensor in tensors.values()) * WIRE_TYPES[options["gossip_wire_dtype"]].itemsize
 
 
 def final_bytes(population: Population) -> int:

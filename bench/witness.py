@@ -3,7 +3,8 @@
     python -m runtime.launch --ranks 4 -- bench/witness.py --data corpus.txt --output run
 
 The protocol's own digests are not trusted here: rank_0000.tsv holds a digest of every state that the rank copied at a
-step boundary ("held"), of every state that it was about to merge ("merge"), and a line for each boundary at which its
+step boundary ("held"), of every state that it was about to merge ("merge"), both as numbers of the dtype in which they
+travel, and a line for each boundary at which its
 weights changed though no merge was reported ("changed": looked for at every boundary while a conversation goes on, and
 at every tenth other one). Lines are written before what they tell of goes on, so a SIGKILL loses none. rank_0000.board
 is shared memory: in which phase the rank is, how many boundaries it has passed, and how many were looked at.
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from blake3 import blake3
 from torch import Tensor
 
@@ -37,14 +39,17 @@ from runtime.arguments import run_main
 FOLDER = Path("witness")
 PHASES = ("save", "merge", "transfer")
 PAYLOAD_BYTES = 16 * 1024  # what is longer than any message is part of a payload
+WIRE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUIET_BOUNDARIES = 10  # of those without a conversation one in so many is looked at
 
 
-def digest(state: Mapping[str, Tensor]) -> str:
-    """BLAKE3, in hex, of the tensors (on the CPU, contiguous) in the order of their names."""
+def digest(state: Mapping[str, Tensor], wire_dtype: str = "fp32") -> str:
+    """BLAKE3, in hex, of the tensors (float32, on the CPU, contiguous), in the order of their names and rounded as they
+    are for the wire: what arrives is rounded already, and rounding it again changes nothing."""
     summed = blake3()
     for name in sorted(state):
-        summed.update(memoryview(state[name].detach().numpy()).cast("B"))
+        numbers = state[name].detach().to(WIRE_TYPES[wire_dtype])
+        summed.update(memoryview(numbers.view(-1).view(torch.uint8).numpy()))
     return summed.hexdigest()
 
 
@@ -118,6 +123,7 @@ class Witness:
     def __init__(self, rank: int) -> None:
         self.board = board_of(Path(), rank)
         self.board.reset()
+        self.wire_dtype = "fp32"
         self._lines = os.open(lines_of(Path(), rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._payload = contextvars.ContextVar("payload")  # of a conversation: whether it has come to its payload
 
@@ -154,7 +160,7 @@ class Witness:
 
         def witnessed(buffer, tensors):
             copied = copy_from(buffer, tensors)
-            self.write("held", digest(buffer.views))
+            self.write("held", digest(buffer.views, self.wire_dtype))
             return copied
 
         StateBuffer.copy_from = witnessed
@@ -163,7 +169,7 @@ class Witness:
         merge_judged = gossip.intake.merge_judged
 
         def witnessed(live, schema, peer, *more):
-            self.write("merge", digest(peer))
+            self.write("merge", digest(peer, self.wire_dtype))
             with self.phase("merge"):
                 return merge_judged(live, schema, peer, *more)
 
@@ -176,6 +182,7 @@ class Witness:
             def __init__(self, **parts) -> None:
                 super().__init__(**parts)
                 self._witnessed = parts["live"]
+                witness.wire_dtype = parts["config"].wire_dtype
 
             def step_boundary(self, *news):
                 looks = self.engaged or witness.board.boundaries % QUIET_BOUNDARIES == 0

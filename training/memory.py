@@ -41,14 +41,14 @@ class MemoryEstimate:
         return f"{total / scale:.1f} {unit} a rank without activations ({shown})"
 
 
-def estimate_memory(parameters: int) -> MemoryEstimate:
+def estimate_memory(parameters: int, payload: str) -> MemoryEstimate:
     """For `parameters` float32 numbers: weights, gradients, two more optimizer sequences, the averaged weights while
-    validating or judging a merge, the two host buffers of an exchange (weights and both optimizer sequences each), and
-    a save's copy of the same with the averaged weights.
+    validating or judging a merge, the two host buffers of an exchange (of what --gossip_payload lets travel), and a
+    save's copy of weights, both optimizer sequences and the averaged weights.
     """
-    one = parameters * _BYTES
+    one, travelling = parameters * _BYTES, 3 if payload == "full" else 2
     return MemoryEstimate(
-        weights=one, gradients=one, optimizer=2 * one, evaluation=one, exchange=2 * 3 * one, saving=4 * one
+        weights=one, gradients=one, optimizer=2 * one, evaluation=one, exchange=2 * travelling * one, saving=4 * one
     )
 
 

@@ -18,7 +18,7 @@ from gossip.wire_format import WIRE_DTYPES
 from runtime.arguments import ArgumentParser, normalise_flags
 from runtime.errors import UserError
 
-PAYLOADS = ("full", "weights")
+PAYLOADS = ("weights", "full")
 _SUFFIXES = {"k": 1024, "m": 1024**2, "g": 1024**3}
 
 
@@ -196,13 +196,13 @@ class RunOptions:
 class PopulationOptions:
     """population"""
 
-    gossip_mixing_rate: float = _option(0.02, "chance a step that this rank calls a random peer", _FRACTION)
+    gossip_mixing_rate: float = _option(0.04, "chance a step that this rank calls a random peer", _FRACTION)
     gossip_merge_method: str = _option("recombination", "clonal: the loser takes the winner's weights; recombination: "
                                        "it moves towards them; average: both take the mean",
                                        choices=MERGE_METHODS)  # fmt: skip
     gossip_recombination_alpha: float = _option(0.5, "how far a loser moves towards the winner, 0 ... 1", _FRACTION)
     gossip_optimizer_recombination: str = _option(
-        "interpolate", "after a merge, second moments are interpolated, or the optimizer starts afresh",
+        "interpolate", "after a merge, second moments that came along are interpolated, or the optimizer starts afresh",
         choices=("reset", "interpolate"),
     )  # fmt: skip
     gossip_fitness: str = _option("probe", "compare ranks by the probe, held-out windows that are the same for all, or "
@@ -216,8 +216,10 @@ class PopulationOptions:
     probe_every: int = _option(50, "steps between measurements of the probe", _whole(1))
     probe_budget: float = _option(0.02, "share of training's work for the probe, from which its size follows (at least "
                                   "8 windows of 256 bytes)", _FRACTION)  # fmt: skip
-    gossip_payload: str = _option("full", "send weights and second moments, or weights alone", choices=PAYLOADS)
-    gossip_wire_dtype: str = _option("fp32", "how numbers travel", choices=WIRE_DTYPES)
+    gossip_payload: str = _option("weights", "send weights alone, or with the optimizer's second moments",
+                                  choices=PAYLOADS)  # fmt: skip
+    gossip_wire_dtype: str = _option("bf16", "how numbers travel: rounded to bf16, or whole at twice the bytes",
+                                     choices=WIRE_DTYPES)  # fmt: skip
     evolve: list[str] = _option([], "hyperparameters that evolve, of lr,weight_decay,grad_clip: each rank draws its "
                                 "own, and who takes a winner's weights inherits them, mutated", many=True,
                                 fixed=True)  # fmt: skip

@@ -27,6 +27,7 @@ from training.options import OptimizerOptions, parse_arguments
 from training.probe import Probe
 
 CPU = torch.device("cpu")
+WHOLE = "payload=full,wire=fp32"  # what travels arrives bit for bit
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_evolution_ddp_of_two_learns_from_both(corpus):
 def test_evolution_pair_mean_keeps_the_pairs_sum(corpus):
     first, second = replicas_of(corpus, 2)
     before = {name: first.live[name].double() + second.live[name].double() for name in first.live}
-    policy_on("pair_mean", [first, second]).meet(first, second)
+    policy_on(f"pair_mean:{WHOLE}", [first, second]).meet(first, second)
     for name, total in before.items():
         torch.testing.assert_close(first.live[name].double() + second.live[name].double(), total, rtol=0, atol=1e-6)
         torch.testing.assert_close(first.live[name], second.live[name])
@@ -110,7 +111,7 @@ def test_evolution_one_way_moves_the_loser_alone(corpus):
     winner, loser = replicas_of(corpus, 2)
     before = {name: tensor.clone() for name, tensor in winner.live.items()}
     expected = {name: tensor.lerp(before[name], 0.25) for name, tensor in loser.live.items()}
-    policy_on("one_way:alpha=0.25", [winner, loser]).win(winner, loser)
+    policy_on(f"one_way:alpha=0.25,{WHOLE}", [winner, loser]).win(winner, loser)
     for name in before:
         assert torch.equal(winner.live[name], before[name])
         torch.testing.assert_close(loser.live[name], expected[name])
@@ -119,7 +120,7 @@ def test_evolution_one_way_moves_the_loser_alone(corpus):
 def test_evolution_clonal_takes_the_optimizers_counters_along(corpus):
     winner, loser = replicas_of(corpus, 2)
     winner.weights.load_scalars({"k": 7, "weight_sum": 2.0, "lr_max": 0.01})
-    policy_on("one_way:method=clonal", [winner, loser]).win(winner, loser)
+    policy_on(f"one_way:method=clonal,{WHOLE}", [winner, loser]).win(winner, loser)
     assert loser.weights.scalars() == winner.weights.scalars()
     assert all(torch.equal(loser.live[name], tensor) for name, tensor in winner.live.items())
 
@@ -223,10 +224,10 @@ def test_evolution_noloco_follows_its_formula(corpus):
 BY_HAND = {
     "solo": 0,
     "ddp": 1,
-    "pair_mean:p=1": 2 * 12 / 4,  # both call, and at each of these meetings both send
-    "pair_mean:p=1,payload=weights": 2 * 8 / 4,
-    "pair_mean:p=1,payload=weights,wire=bf16": 2 * 4 / 4,
-    "one_way:p=1,winner=random": 2 * 12 / 4 / 2,  # one of the two sends
+    "pair_mean:p=1": 2 * 4 / 4,  # both call, and at each of these meetings both send
+    "pair_mean:p=1,wire=fp32": 2 * 8 / 4,
+    "pair_mean:p=1,payload=full,wire=fp32": 2 * 12 / 4,
+    "one_way:p=1,winner=random": 2 * 4 / 4 / 2,  # one of the two sends
     "mean_all:every=1": 12 / 4,
     "diloco:every=2": 8 / 4 / 2,
     "noloco:every=1": 2 * 8 / 4,  # phi and theta
@@ -296,10 +297,10 @@ def test_evolution_arms_that_make_no_sense_are_refused(text, complaint):
 
 
 def test_evolution_arms_have_one_label_and_all_options():
-    arm = parse_arm("pair_mean:payload=weights,p=0.050", POLICIES)
-    assert arm.label == "pair_mean:p=0.05,payload=weights"
+    arm = parse_arm("pair_mean:payload=full,p=0.050", POLICIES)
+    assert arm.label == "pair_mean:p=0.05,payload=full"
     assert arm.in_full() == {
-        "policy": "pair_mean", "p": "0.05", "payload": "weights", "wire": "fp32", "rollback": "inf", "shun": "0",
+        "policy": "pair_mean", "p": "0.05", "payload": "full", "wire": "bf16", "rollback": "inf", "shun": "0",
         "replicas": "0", "lr": "1", "spread": "1", "corrupt": "0", "diverging": "0", "parted": "0",
     }  # fmt: skip
     assert [parse_arm(text, POLICIES).label for text in DEFAULT_ARMS] == list(DEFAULT_ARMS)
@@ -319,7 +320,7 @@ def test_evolution_finished_trials_are_never_run_again(data, tmp_path):
 
 def test_evolution_other_settings_and_options_are_other_trials(tmp_path):
     paths = set()
-    for steps, text in ((4, "ours"), (5, "ours"), (4, "ours:least_effect=0.02"), (4, "ours:p=0.02")):
+    for steps, text in ((4, "ours"), (5, "ours"), (4, "ours:least_effect=0.02"), (4, "ours:p=0.04")):
         paths |= {task.path for task in tasks_of(setting(steps=steps), [parse_arm(text, POLICIES)], [1], tmp_path)}
     with_another_default = dataclasses.replace(parse_arm("ours", POLICIES), options=(("p", 0.03),))
     paths |= {task.path for task in tasks_of(setting(), [with_another_default], [1], tmp_path)}
@@ -395,7 +396,7 @@ def test_evolution_command_runs_resumes_and_shows(data, tmp_path, capsys):
 
 
 def test_evolution_real_ranks_are_measured_as_simulated_ones_are(data, corpus):
-    arm = parse_arm("pair_mean:p=0.5,payload=weights", POLICIES)
+    arm = parse_arm("pair_mean:p=0.5", POLICIES)
     result = run_real(setting(steps=600), arm, 1, data, corpus)
     simulated = run_trial(setting(steps=600), arm, 1, corpus, CPU)
     assert result.keys() <= simulated.keys() and result["parameters"] == simulated["parameters"]

@@ -18,25 +18,27 @@ from gossip.protocol import Flow, Hello
 from gossip.state import StateBuffer
 from gossip.wire_format import WIRE_DTYPES
 from training.fitness import Fitness
+from training.options import PAYLOADS, PopulationOptions
 from training.probe import Probe
 
 
 @dataclass
 class Meeting(Policy):
-    """Two replicas meet. p: chance a step that a replica calls; payload: full, or weights (no second moments); wire:
-    fp32, or bf16 (rounded to nearest); rollback: nats per byte by which a merge may make the receiver worse on its
-    probe (inf: not judged); shun: nobody meets so many of the replicas, the last ones (those that corrupt=N corrupts).
+    """Two replicas meet, by train.py's defaults where it has them. p: chance a step that a replica calls; payload:
+    weights, or full (with second moments); wire: bf16 (rounded to nearest), or fp32; rollback: nats per byte by which a
+    merge may make the receiver worse on its probe (inf: not judged); shun: nobody meets so many of the replicas, the
+    last ones (those that corrupt=N corrupts).
     """
 
-    p: float = 0.02
-    payload: str = "full"
-    wire: str = "fp32"
+    p: float = PopulationOptions.gossip_mixing_rate
+    payload: str = PopulationOptions.gossip_payload
+    wire: str = PopulationOptions.gossip_wire_dtype
     rollback: float = math.inf
     shun: int = 0
 
     def __post_init__(self) -> None:
         require(0 <= self.p <= 1, "p", "a chance from 0 to 1", self.p)
-        require(self.payload in ("full", "weights"), "payload", "full or weights", self.payload)
+        require(self.payload in PAYLOADS, "payload", " or ".join(PAYLOADS), self.payload)
         require(self.wire in WIRE_DTYPES, "wire", " or ".join(WIRE_DTYPES), self.wire)
 
     def begin(self, replicas: list[Replica], dice: random.Random) -> None:
@@ -111,10 +113,10 @@ class Selection(Meeting):
     inherits the winner's learning rate, mutated log-normally by mutation_scale; none, and it keeps its own.
     """
 
-    method: str = "recombination"
-    alpha: float = 0.5
+    method: str = PopulationOptions.gossip_merge_method
+    alpha: float = PopulationOptions.gossip_recombination_alpha
     evolve: str = "none"
-    mutation_scale: float = 0.2
+    mutation_scale: float = PopulationOptions.mutation_scale
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,11 +164,11 @@ class Ours(Selection):
     winner's weights flow into the loser; where none is clear, tie: average (both take the mean) or none.
     """
 
-    rollback: float = 0.1
-    significance: float = Decider.significance
-    least_effect: float = Decider.least_effect
-    tie: str = "average"
-    probe_every: int = 50
+    rollback: float = PopulationOptions.gossip_rollback
+    significance: float = PopulationOptions.gossip_significance
+    least_effect: float = PopulationOptions.gossip_least_effect
+    tie: str = PopulationOptions.gossip_tie
+    probe_every: int = PopulationOptions.probe_every
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -354,7 +354,7 @@ def test_evolution_pairs_are_of_common_seeds():
 def result_of(arm, seed, losses, relative, ranks=4):
     return {
         "arm": arm, "seed": seed, "ranks": ranks, "loss": sum(losses) / len(losses), "best": min(losses),
-        "bytes_over_ddp": relative, "cpu_s": 60.0, "setting": {},
+        "loss_of_mean": min(losses) - 0.1, "bytes_over_ddp": relative, "cpu_s": 60.0, "setting": {},
     }  # fmt: skip
 
 
@@ -365,6 +365,7 @@ def test_evolution_rows_compare_with_mean_and_best_at_the_same_seeds():
     ]  # fmt: skip
     ours, solo = rows_of(results, "solo")
     assert (ours.arm, solo.arm, ours.bytes) == ("ours", "solo", 0.05)
+    assert ours.soup.mean == pytest.approx(1.45) and solo.soup.mean == pytest.approx(1.55)
     assert ours.over_mean.mean == pytest.approx(-0.2) and ours.over_best.mean == pytest.approx(-0.1)
     assert ours.over_mean.half == pytest.approx(0, abs=1e-9) and solo.over_mean.mean == 0
 

@@ -14,8 +14,9 @@ from bench.evidence import newest_whole
 from bench.evolution.pairwise import Meeting, Ours, PairMean
 from bench.evolution.policy import Arm, Conditions, Policy, Solo
 from bench.evolution.replica import held_out_loss, ring_bytes
-from bench.evolution.trial import LANE_CHUNK, LANES, Setting
+from bench.evolution.trial import LANE_CHUNK, LANES, Setting, mean_of
 from bench.population import ROOT, Population
+from mingru.minLM import MinLM
 from runtime.errors import UserError
 from training.checkpoint import load_for_use
 from training.data import Corpus, validation_chunks
@@ -41,9 +42,13 @@ def run_real(setting: Setting, arm: Arm, seed: int, data: Path, corpus: Corpus) 
         if population.status != 0:
             raise RuntimeError(f"status {population.status}: {population.output[-2000:]}")
         seconds = time.perf_counter() - began
-        losses = [_loss(population, rank, setting, corpus) for rank in range(ranks)]
+        models = [_model(population, rank, setting) for rank in range(ranks)]
         sent = [_bytes_sent(population, rank) for rank in range(ranks)]
-        parameters = _parameters(population)
+    weights = [dict(model.named_parameters()) for model in models]
+    _, measured = split_probe(*corpus.split(setting.val_fraction))
+    chunks = list(validation_chunks(measured, LANES, LANE_CHUNK, len(measured)))
+    losses = [held_out_loss(models[0], each, chunks, torch.device("cpu")) for each in weights]
+    parameters = sum(tensor.numel() for tensor in weights[0].values())
     all_reduce = ring_bytes(4 * parameters, ranks) * setting.steps
     return {
         "arm": f"{arm.label} over TCP",
@@ -55,6 +60,7 @@ def run_real(setting: Setting, arm: Arm, seed: int, data: Path, corpus: Corpus) 
         "loss": statistics.fmean(losses),
         "losses": losses,
         "best": min(losses),
+        "loss_of_mean": held_out_loss(models[0], mean_of(weights), chunks, torch.device("cpu")),
         "bytes_sent": statistics.fmean(sent),
         "bytes_over_ddp": statistics.fmean(sent) / all_reduce if all_reduce else 0.0,
         "wall_s": seconds,
@@ -97,20 +103,11 @@ def _gossip(policy: Policy) -> dict[str, str | float]:
     }  # fmt: skip
 
 
-def _loss(population: Population, rank: int, setting: Setting, corpus: Corpus) -> float:
+def _model(population: Population, rank: int, setting: Setting) -> MinLM:
     file = newest_whole(population.run_dir, rank)
     if file is None or file.step != setting.steps:
         raise RuntimeError(f"rank {rank} left no checkpoint of step {setting.steps}: {population.output[-2000:]}")
-    device = torch.device("cpu")
-    model = load_for_use(file.path, device)[0]
-    _, measured = split_probe(*corpus.split(setting.val_fraction))
-    chunks = list(validation_chunks(measured, LANES, LANE_CHUNK, len(measured)))
-    return held_out_loss(model, dict(model.named_parameters()), chunks, device)
-
-
-def _parameters(population: Population) -> int:
-    model = load_for_use(newest_whole(population.run_dir, 0).path, torch.device("cpu"))[0]
-    return sum(parameter.numel() for parameter in model.parameters())
+    return load_for_use(file.path, torch.device("cpu"))[0]
 
 
 def _bytes_sent(population: Population, rank: int) -> int:

@@ -18,15 +18,16 @@ PLOT = Path(__file__).with_name("plot.R")
 
 @dataclass(frozen=True)
 class Row:
-    """An arm over its seeds. loss: mean over the replicas; best: of the best one; over_mean and over_best: the loss
-    against the named arm's mean and best replica at the same seeds, None for want of common ones; bytes: over those of
-    DDP's fp32 all-reduce.
+    """An arm over its seeds. loss: mean over the replicas; best: of the best one; soup: of the mean of their weights;
+    over_mean and over_best: the loss against the named arm's mean and best replica at the same seeds, None for want of
+    common ones; bytes: over those of DDP's fp32 all-reduce.
     """
 
     arm: str
     ranks: int
     loss: Interval
     best: Interval
+    soup: Interval
     over_mean: Interval | None
     over_best: Interval | None
     bytes: float
@@ -48,6 +49,7 @@ def rows_of(results: Sequence[dict], against: str) -> list[Row]:
             arm, ranks,
             interval(list(loss.values())),
             interval([result["best"] for result in seeds.values()]),
+            interval([result["loss_of_mean"] for result in seeds.values()]),
             paired(loss, {seed: result["loss"] for seed, result in reference.items()}),
             paired(loss, {seed: result["best"] for seed, result in reference.items()}),
             sum(result["bytes_over_ddp"] for result in seeds.values()) / len(seeds),
@@ -66,15 +68,19 @@ def by_setting(results: Sequence[dict]) -> dict[str, list[dict]]:
 
 def table_of(rows: Sequence[Row], against: str) -> Table:
     """For a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, caption="nats per byte, held-out, of the averaged weights; ± half of a 95 % "
-                  "t-interval over seeds; bytes over DDP's ring all-reduce of gradients")  # fmt: skip
-    for name in ("arm", "ranks", "seeds", "loss", "best replica", f"- {against}", f"- best of {against}",
+    caption = (
+        "nats per byte, held-out, of the averaged weights; soup: of the mean of the replicas' weights; ± half a 95 % "
+        "t-interval over seeds; bytes over DDP's ring all-reduce of gradients"
+    )
+    table = Table(box=box.SIMPLE_HEAD, caption=caption)
+    for name in ("arm", "ranks", "seeds", "loss", "best replica", "soup", f"- {against}", f"- best of {against}",
                  "bytes, fp32", "bf16", "CPU min"):  # fmt: skip
         table.add_column(name, justify="left" if name == "arm" else "right")
     for row in rows:
         table.add_row(
-            row.arm, str(row.ranks), str(row.loss.count), str(row.loss), str(row.best), _signed(row.over_mean),
-            _signed(row.over_best), f"{row.bytes:.3g}", f"{2 * row.bytes:.3g}", f"{row.cpu_s / 60:.1f}",
+            row.arm, str(row.ranks), str(row.loss.count), str(row.loss), str(row.best), str(row.soup),
+            _signed(row.over_mean), _signed(row.over_best), f"{row.bytes:.3g}", f"{2 * row.bytes:.3g}",
+            f"{row.cpu_s / 60:.1f}",
         )  # fmt: skip
     return table
 
@@ -85,12 +91,12 @@ def _signed(difference: Interval | None) -> str:
 
 def markdown_of(rows: Sequence[Row], against: str) -> str:
     """The same, for a document."""
-    lines = [f"| arm | seeds | loss | best replica | - {against} | - best of {against} | bytes, fp32 | bf16 |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"| arm | seeds | loss | best replica | soup | - {against} | - best of {against} | bytes, fp32 | bf16 |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         name = row.arm if row.ranks == 4 else f"{row.arm}, {row.ranks} ranks"
         lines.append(
-            f"| {name} | {row.loss.count} | {row.loss} | {row.best} | {_signed(row.over_mean)} | "
+            f"| {name} | {row.loss.count} | {row.loss} | {row.best} | {row.soup} | {_signed(row.over_mean)} | "
             f"{_signed(row.over_best)} | {row.bytes:.3g} | {2 * row.bytes:.3g} |"
         )
     return "\n".join(lines)

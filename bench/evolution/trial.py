@@ -105,7 +105,7 @@ def run_trial(setting: Setting, arm: Arm, seed: int, corpus: Corpus, device: tor
         "loss": statistics.fmean(losses),
         "losses": losses,
         "best": min(losses),
-        "loss_of_mean": held_out_loss(replicas[0].model, _mean(averages), chunks, device),
+        "loss_of_mean": held_out_loss(replicas[0].model, mean_of(averages), chunks, device),
         "distance": _distance(averages),
         "bytes_sent": sent,
         "bytes_over_ddp": sent / all_reduce if all_reduce else 0.0,
@@ -157,7 +157,8 @@ def _replica(
     return Replica(rank, model, weights, readers, fitness, rate, options, setting.batch_size, device)
 
 
-def _mean(averages: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean_of(averages: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several replicas' weights, by name."""
     return {name: torch.stack([average[name] for average in averages]).mean(0) for name in averages[0]}
 
 

@@ -49,6 +49,14 @@ def test_bounded_ends_the_work_at_its_deadline():
     assert caught.value.fault is Fault.DEADLINE and ended == [True]
 
 
+def test_bounded_counts_the_time_that_was_spent_before():
+    async def work():
+        await asyncio.sleep(3600)
+
+    with pytest.raises(ProtocolError, match="3600 s for the work"):
+        asyncio.run(bounded(work(), 3600, "the work", spent=3599.99))
+
+
 def test_bounded_gives_the_works_result_or_error():
     async def work(error):
         if error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import socket
 
 import pytest
@@ -37,7 +38,21 @@ from tests.gossip_helpers import (
     values_of,
 )
 
-PICKLE = b"\x80\x04\x95" + b"cos\nsystem\n(S'true'\ntR." * 20  # whoever loads it runs a command
+LOADED = []  # a mark for each time that somebody loaded the pickle
+
+
+class Hostile:
+    """What runs a function of the sender's where it is unpickled."""
+
+    def __reduce__(self):
+        return mark_loaded, (1,)
+
+
+def mark_loaded(mark):
+    LOADED.append(mark)
+
+
+PICKLE = pickle.dumps(Hostile())
 
 
 @pytest.fixture(autouse=True)
@@ -312,7 +327,13 @@ def test_node_names_the_fault_of_a_hostile_caller_and_goes_on(tmp_path, script, 
         assert peer.closed()
         peer.close()
         assert values_of(rank) == {3.0} and counted(rank, lost=0, won=0, busy=0)
+        assert not LOADED
         assert_answers(rank)
+
+
+def test_a_pickle_that_is_loaded_would_be_seen():
+    pickle.loads(PICKLE)
+    assert LOADED.pop() == 1
 
 
 # Answerers.

@@ -140,6 +140,15 @@ def test_flood_of_strangers_is_bounded_in_number_rate_and_lines(tmp_path):
         assert any(", and " in message and message.endswith("more") for message in told)
 
 
+def test_peers_that_come_all_at_once_are_all_heard(tmp_path):
+    with ranks(Rank(tmp_path, 0)) as (rank,):
+        crowd = idle(rank, 3 * ACCEPTS_AT_ONCE)
+        for peer in crowd:
+            peer.handshake()
+        until(lambda: counted(rank, received=len(crowd)))
+        assert counted(rank, failed=0)
+
+
 @pytest.mark.injects(Injection.SLOW_HANDSHAKE)
 def test_slow_strangers_hold_no_peer_up(tmp_path):
     with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,):

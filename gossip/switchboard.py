@@ -24,7 +24,7 @@ from runtime.stderr import say
 
 HANDSHAKE_SECONDS = 5.0  # to connect and to authenticate
 ACCEPTS_AT_ONCE = 10  # callers, and then a pause: bounds the time that they take from training
-ACCEPT_PAUSE_SECONDS = 0.1
+ACCEPT_PAUSE_SECONDS = 0.2  # who comes meanwhile would most likely hear BUSY
 REPORT_SECONDS = 10.0  # between two lines about the same kind of failure of strangers
 CLOSE_SECONDS = 5.0  # for the thread to end: a hung filesystem may hold an event's line for ever
 

@@ -153,6 +153,7 @@ def test_peers_that_come_all_at_once_are_all_heard(tmp_path):
 def test_slow_strangers_hold_no_peer_up(tmp_path):
     with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,):
         slow = idle(rank, 2 * STRANGERS_LIMIT)
+        until(lambda: counted(rank, failed=STRANGERS_LIMIT))  # all are accepted by then
         for byte in b"gruboros\x00":  # all of them at once, a byte at a time
             for peer in slow:
                 with contextlib.suppress(OSError):  # closed by then

@@ -1,9 +1,10 @@
 import asyncio
+import socket
 
 import pytest
 
 from gossip.faults import Fault, ProtocolError
-from gossip.wire import bounded
+from gossip.wire import Wire, bounded
 
 
 @pytest.mark.parametrize("turns", range(8))
@@ -66,3 +67,12 @@ def test_bounded_gives_the_works_result_or_error():
     assert asyncio.run(bounded(work(None), 5, "the work")) == 7
     with pytest.raises(ProtocolError, match="busy"):
         asyncio.run(bounded(work(ProtocolError(Fault.BUSY)), 5, "the work"))
+
+
+def test_wire_that_cannot_say_it_all_at_once_ends():
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as caller:
+        wire = Wire(caller)
+        with pytest.raises(ProtocolError) as caught:
+            while True:  # the other end reads nothing
+                wire.say(bytes(1 << 20))
+        assert caught.value.fault is Fault.CLOSED

@@ -13,7 +13,9 @@ after HKDF (RFC 5869).
 import hashlib
 import hmac
 import secrets
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gossip.faults import Fault, ProtocolError
 from gossip.protocol import (
@@ -43,28 +45,50 @@ def run_key(secret: bytes, run_id: str) -> bytes:
     return _hmac(run_id.encode(), secret)
 
 
+class Step(NamedTuple):
+    """What one end says next, and how many bytes it wants to hear then; session: of the last step, which wants none."""
+
+    say: bytes
+    wants: int
+    session: Session | None = None
+
+
+def steps(key: bytes, initiator: bool) -> Generator[Step, bytes, None]:
+    """One end's steps, each sent what the one before wanted; `key` from run_key().
+
+    Raises ProtocolError: BAD_MAGIC, WRONG_VERSION or WRONG_SECRET (a proof under another secret or run id).
+    """
+    if initiator:
+        mine = encode_opening(secrets.token_bytes(NONCE_BYTES))
+        theirs = yield Step(mine, OPENING_BYTES)
+        decode_opening(theirs)
+        transcript = mine + theirs
+        proven = yield Step(proof(key, CALLER, transcript), PROOF_BYTES)
+        _check(proven, proof(key, ANSWERER, transcript))
+        last = b""
+    else:
+        theirs = yield Step(b"", OPENING_BYTES)
+        decode_opening(theirs)
+        mine = encode_opening(secrets.token_bytes(NONCE_BYTES))
+        transcript = theirs + mine
+        proven = yield Step(mine, PROOF_BYTES)
+        _check(proven, proof(key, CALLER, transcript))
+        last = proof(key, ANSWERER, transcript)
+    yield Step(last, 0, session(key, transcript, initiator))
+
+
 async def authenticate(wire: Wire, key: bytes, initiator: bool) -> Session:
     """Run the handshake on a fresh connection; `key` from run_key().
 
-    Raises ProtocolError: BAD_MAGIC, WRONG_VERSION, WRONG_SECRET (a proof under another secret or run id), REFUSED (the
-    peer closed instead of going on) or CLOSED.
+    Raises ProtocolError: as steps(), REFUSED (the answerer closed instead of going on) or CLOSED.
     """
-    mine = encode_opening(secrets.token_bytes(NONCE_BYTES))
-    if initiator:
-        await wire.send(mine)
-        theirs = await _receive(wire, OPENING_BYTES)
-        decode_opening(theirs)
-        transcript = mine + theirs
-        await wire.send(proof(key, CALLER, transcript))
-        _check(await _receive(wire, PROOF_BYTES), proof(key, ANSWERER, transcript))
-    else:
-        theirs = await wire.receive(OPENING_BYTES)
-        decode_opening(theirs)
-        await wire.send(mine)
-        transcript = theirs + mine
-        _check(await wire.receive(PROOF_BYTES), proof(key, CALLER, transcript))
-        await wire.send(proof(key, ANSWERER, transcript))
-    return session(key, transcript, initiator)
+    handshake = steps(key, initiator)
+    step = next(handshake)
+    while step.session is None:
+        await wire.send(step.say)
+        step = handshake.send(await _receive(wire, step.wants, initiator))
+    await wire.send(step.say)
+    return step.session
 
 
 def proof(key: bytes, role: bytes, transcript: bytes) -> bytes:
@@ -81,7 +105,7 @@ def session(key: bytes, transcript: bytes, initiator: bool) -> Session:
 
 
 def _hmac(key: bytes, content: bytes) -> bytes:
-    return hmac.new(key, content, hashlib.sha256).digest()
+    return hmac.digest(key, content, "sha256")
 
 
 def _check(got: bytes, expected: bytes) -> None:
@@ -89,10 +113,10 @@ def _check(got: bytes, expected: bytes) -> None:
         raise ProtocolError(Fault.WRONG_SECRET)
 
 
-async def _receive(wire: Wire, nbytes: int) -> bytes:
+async def _receive(wire: Wire, nbytes: int, initiator: bool) -> bytes:
     try:
         return await wire.receive(nbytes)
     except ProtocolError as error:
-        if error.fault is not Fault.CLOSED:
+        if not initiator or error.fault is not Fault.CLOSED:
             raise
         raise ProtocolError(Fault.REFUSED, "another secret, run or version, or too many callers") from error

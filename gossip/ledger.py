@@ -54,6 +54,11 @@ class Talk:
     delivered: bool = False
 
     @property
+    def seconds(self) -> float:
+        """Since its beginning."""
+        return time.monotonic() - self.began
+
+    @property
     def peer(self) -> int | str:
         """The peer's rank once it has said so, else its address."""
         theirs = self.channel.peer if self.channel else None
@@ -95,7 +100,7 @@ class Ledger:
             exchange_id=talk.exchange_id,
             peer=talk.peer,
             nbytes=talk.wire.sent + talk.wire.received if talk.wire else 0,
-            milliseconds=(time.monotonic() - talk.began) * 1000,
+            milliseconds=talk.seconds * 1000,
             message=message,
         )
 

@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import socket
-import struct
 import threading
 import traceback
 from collections.abc import Callable
@@ -15,33 +14,26 @@ from gossip.handshake import Session, authenticate
 from gossip.ledger import Ledger, Talk
 from gossip.network_utils import connect, join_address
 from gossip.protocol import Hello
+from gossip.reports import Reports
 from gossip.snapshot_desk import Delivery, SnapshotDesk
 from gossip.state import Snapshot
-from gossip.strangers import (
-    ACCEPTS_AT_ONCE,
-    ACCEPTS_ON_CREDIT,
-    ACCEPTS_PER_SECOND,
-    REPORT_SECONDS,
-    Reports,
-    Strangers,
-    TokenBucket,
-)
+from gossip.strangers import Strangers
 from gossip.wire import Channel, Wire, bounded
 from gossip.wire_format import wire_format
 from runtime.stderr import say
 
 HANDSHAKE_SECONDS = 5.0  # to connect and to authenticate
-ACCEPT_PAUSE_SECONDS = 0.1  # after the system had no descriptor or memory for a connection
+ACCEPTS_AT_ONCE = 10  # callers, and then a pause: bounds the time that they take from training
+ACCEPT_PAUSE_SECONDS = 0.2  # who comes meanwhile would most likely hear BUSY
+REPORT_SECONDS = 10.0  # between two lines about the same kind of failure of strangers
 CLOSE_SECONDS = 5.0  # for the thread to end: a hung filesystem may hold an event's line for ever
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 
 
 class Switchboard:
     """Owns the listening socket and every connection of one rank, on one thread that runs an event loop.
 
     Memory and connections are bounded: one conversation with a peer, which has the buffers of the snapshot desk, and
-    callers that wait for it or have not authenticated as in Strangers. A stranger is refused by a reset, whatever was
-    wrong: it learns nothing from it, and the kernel keeps nothing of it. Where memory is out, the conversation at hand
+    callers that wait for it or have not authenticated as in Strangers. Where memory is out, the conversation at hand
     ends.
 
     key: of the run; wire_dtype: see wire_format(); seconds: bound of a whole conversation. Called on the network
@@ -73,6 +65,7 @@ class Switchboard:
         self._wire_format = wire_format(wire_dtype, PIECE_BYTES)
         self._ledger = ledger
         self._seconds = seconds
+        self._handshake_seconds = min(HANDSHAKE_SECONDS, seconds)
         self._say_hello = say_hello
         self._distrusts = distrusts
         self._choose_peer = choose_peer
@@ -80,8 +73,7 @@ class Switchboard:
         self._on_end_well = on_end_well
         self._slot = threading.Lock()  # held while in a conversation, until its merge: released by either thread
         self._reports = Reports(REPORT_SECONDS)
-        self._strangers = Strangers(ledger, self._reports)
-        self._accepts = TokenBucket(ACCEPTS_PER_SECOND, ACCEPTS_AT_ONCE, ACCEPTS_ON_CREDIT)
+        self._strangers = Strangers(key, self._handshake_seconds, ledger, self._reports, self._welcome)
         self._tasks: set[asyncio.Task] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -138,6 +130,7 @@ class Switchboard:
         try:
             await asyncio.wait({accepting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._strangers.close()
             ending = {accepting, stopping, *self._tasks}
             for task in ending:
                 task.cancel()
@@ -149,13 +142,19 @@ class Switchboard:
 
     async def _accept(self) -> None:
         while True:
-            await asyncio.sleep(self._accepts.take())  # also while callers wait in line, others have their turn
             try:
-                connection, address = await self._loop.sock_accept(self._listener)
-                self._begin(Talk(join_address(*address[:2]), initiator=False, connection=connection))
+                self._admit(await self._loop.sock_accept(self._listener))
+                for _ in range(ACCEPTS_AT_ONCE - 1):
+                    self._admit(self._listener.accept())
+            except BlockingIOError:
+                pass  # these were all
             except (OSError, MemoryError) as error:  # out of descriptors or memory, or the caller is gone already
                 self._loop.call_soon(self._report_accept, error)  # where memory is out there too, that ends alone
-                await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+            await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+
+    def _admit(self, accepted: tuple[socket.socket, tuple]) -> None:
+        connection, address = accepted
+        self._strangers.admit(connection, join_address(*address[:2]))
 
     def _report_accept(self, error: OSError | MemoryError) -> None:
         reason = str(error) or Fault.OUT_OF_MEMORY.value
@@ -171,13 +170,20 @@ class Switchboard:
             self._begin(talk)
             self._ledger.count(initiated=1)
 
-    def _begin(self, talk: Talk) -> None:
+    def _welcome(self, talk: Talk, session: Session) -> asyncio.Task:
+        self._use(talk, session)
+        self._ledger.count(received=1)
+        return self._begin(talk)
+
+    def _use(self, talk: Talk, session: Session) -> None:
+        talk.exchange_id = session.exchange_id
+        talk.channel = Channel(talk.wire, session.send_key, session.receive_key)
+
+    def _begin(self, talk: Talk) -> asyncio.Task:
         task = None
         try:
             task = asyncio.ensure_future(self._hold(talk))
             self._tasks.add(task)
-            if not talk.initiator:
-                self._strangers.admit(talk.connection, task)
             # A callback, since a task that is cancelled before its first step runs no line of its own.
             task.add_done_callback(functools.partial(self._end, talk))
         except MemoryError:
@@ -185,6 +191,7 @@ class Switchboard:
                 task.cancel()
             self._let_go(talk, task)
             raise
+        return task
 
     def _end(self, talk: Talk, task: asyncio.Task) -> None:
         self._let_go(talk, task)  # first: for what is said after it memory may be out
@@ -197,15 +204,14 @@ class Switchboard:
             self.release()
         if talk.connection is not None:
             self._strangers.dismiss(talk.connection)
-            if _is_stranger(talk):
-                talk.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             talk.connection.close()
 
     async def _hold(self, talk: Talk) -> None:
         """One conversation and its account."""
         error: ProtocolError | None = ProtocolError(Fault.INTERNAL)  # what any other exception counts as
         try:
-            self._conclude(talk, await bounded(self._talk(talk), self._seconds, "the conversation"))
+            work = bounded(self._talk(talk), self._seconds, "the conversation", spent=talk.seconds)
+            self._conclude(talk, await work)
             error = None
         except ProtocolError as fault:
             error = fault
@@ -219,27 +225,23 @@ class Switchboard:
                 self._fail(talk, error)
 
     async def _talk(self, talk: Talk) -> Outcome:
-        session = await self._meet_in_time(talk)
-        talk.exchange_id = session.exchange_id
-        if not talk.initiator:
-            self._ledger.count(received=1)
-        talk.channel = Channel(talk.wire, session.send_key, session.receive_key)
+        if talk.initiator:
+            await self._meet_in_time(talk)
         return await converse(talk.channel, _Party(self, talk), talk.initiator)
 
-    async def _meet_in_time(self, talk: Talk) -> Session:
-        seconds = min(HANDSHAKE_SECONDS, self._seconds)
+    async def _meet_in_time(self, talk: Talk) -> None:
+        seconds = self._handshake_seconds
         try:
-            return await bounded(self._meet(talk), seconds, "the handshake")
+            await bounded(self._meet(talk), seconds, "the handshake")
         except ProtocolError as error:
             if error.fault is Fault.DEADLINE and talk.connection is None:
                 raise ProtocolError(Fault.UNREACHABLE, f"no answer in {seconds:g} s") from error
             raise
 
-    async def _meet(self, talk: Talk) -> Session:
-        if talk.initiator:
-            talk.connection = await connect(talk.address)
+    async def _meet(self, talk: Talk) -> None:
+        talk.connection = await connect(talk.address)
         talk.wire = Wire(talk.connection)
-        return await authenticate(talk.wire, self._key, talk.initiator)
+        self._use(talk, await authenticate(talk.wire, self._key, initiator=True))
 
     def _conclude(self, talk: Talk, outcome: Outcome) -> None:
         self._on_end_well(outcome)
@@ -252,18 +254,11 @@ class Switchboard:
         self._ledger.count_ended(talk, ending)
 
     def _fail(self, talk: Talk, error: ProtocolError) -> None:
-        if _is_stranger(talk):
-            self._strangers.fail(talk, error)
-            return
         if error.fault is Fault.SELF:
             if not talk.initiator:
                 return  # the calling end of the same conversation accounts for it
             self._on_self(talk.address)
         self._ledger.fail(talk, error)
-
-
-def _is_stranger(talk: Talk) -> bool:
-    return not talk.initiator and talk.exchange_id is None
 
 
 class _Party:

@@ -22,14 +22,15 @@ from gossip.protocol import (
 Result = TypeVar("Result")
 
 
-async def bounded(work: Coroutine[Any, Any, Result], seconds: float, what: str) -> Result:
+async def bounded(work: Coroutine[Any, Any, Result], seconds: float, what: str, spent: float = 0.0) -> Result:
     """The result of `work`, or ProtocolError DEADLINE once `seconds` have passed; `work` has ended in either case.
+    spent: of the seconds, before.
 
     asyncio.wait_for, before Python 3.12, loses a cancellation that comes just as `work` ends: the caller would go on.
     """
     task = asyncio.ensure_future(work)
     try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
+        done, _ = await asyncio.wait({task}, timeout=seconds - spent)
         if not done:
             raise ProtocolError(Fault.DEADLINE, f"{seconds:g} s for {what}")
         return task.result()
@@ -79,6 +80,33 @@ class Wire:
         content = bytearray(nbytes)
         await self.receive_into(memoryview(content))
         return bytes(content)
+
+    def take(self, nbytes: int) -> bytes:
+        """What has come of the next `nbytes`, without waiting: b"" for nothing yet."""
+        try:
+            content = self._socket.recv(nbytes)
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            raise ProtocolError(Fault.CLOSED, _reason(error)) from error
+        if not content:
+            raise ProtocolError(Fault.CLOSED, f"{nbytes} bytes short")
+        self.received += len(content)
+        return content
+
+    def say(self, content: bytes) -> None:
+        """Send all of `content`, without waiting: so little that it fits into what the kernel holds."""
+        try:
+            count = self._socket.send(content)
+        except OSError as error:
+            raise ProtocolError(Fault.CLOSED, _reason(error)) from error
+        if count < len(content):
+            raise ProtocolError(Fault.CLOSED, f"{count} of {len(content)} bytes taken")
+        self.sent += count
+
+    def wake_at(self, nbytes: int) -> None:
+        """Let the event loop be woken once `nbytes` have come, or the connection has ended."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
 
 
 class Channel:

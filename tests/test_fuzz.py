@@ -93,14 +93,14 @@ def test_decoder_fuzzing_writes_its_figures(tmp_path):
 
 @pytest.mark.injects(Injection.SLOW_HANDSHAKE, Injection.REPLAYED_MESSAGE)
 def test_strangers_are_never_let_in_and_leave_nothing_behind(text, tmp_path):
-    work = fuzz_strangers.measure(tmp_path, text, connections=200, rate=100.0, seconds=1.0)
+    work = fuzz_strangers.measure(tmp_path, text, connections=120, rate=30.0, seconds=2.0)
     figures = asyncio.run(work)
-    assert figures["connections"] == 200 and figures["unreached"] == 0
+    assert figures["connections"] == 120 and figures["unreached"] == 0
     assert not any(figures["accepted"].values()), figures["accepted"]
-    assert all(counts["connections"] >= 32 for counts in figures["by_kind"].values())
+    assert all(counts["connections"] == 20 for counts in figures["by_kind"].values())
     for kind in ("garbage", "replay", "wrong secret"):
-        assert figures["by_kind"][kind]["closed_by_the_rank"] > 25
-    assert figures["failures_counted"] > 150 and figures["lines_logged"] < 50
+        assert figures["by_kind"][kind]["closed_by_the_rank"] > 14
+    assert figures["failures_counted"] > 90 and figures["lines_logged"] < 50
     before, after = figures["resources"]["before"], figures["resources"]["after"]
     assert after["descriptors"] == before["descriptors"] and after["threads"] == before["threads"]
     assert after["rss"] - before["rss"] < 50e6

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import socket
 
 import pytest
@@ -37,7 +38,21 @@ from tests.gossip_helpers import (
     values_of,
 )
 
-PICKLE = b"\x80\x04\x95" + b"cos\nsystem\n(S'true'\ntR." * 20  # whoever loads it runs a command
+LOADED = []  # a mark for each time that somebody loaded the pickle
+
+
+class Hostile:
+    """What runs a function of the sender's where it is unpickled."""
+
+    def __reduce__(self):
+        return mark_loaded, (1,)
+
+
+def mark_loaded(mark):
+    LOADED.append(mark)
+
+
+PICKLE = pickle.dumps(Hostile())
 
 
 @pytest.fixture(autouse=True)
@@ -312,7 +327,13 @@ def test_node_names_the_fault_of_a_hostile_caller_and_goes_on(tmp_path, script, 
         assert peer.closed()
         peer.close()
         assert values_of(rank) == {3.0} and counted(rank, lost=0, won=0, busy=0)
+        assert not LOADED
         assert_answers(rank)
+
+
+def test_a_pickle_that_is_loaded_would_be_seen():
+    pickle.loads(PICKLE)
+    assert LOADED.pop() == 1
 
 
 # Answerers.
@@ -425,7 +446,10 @@ def test_node_gives_a_stranger_less_time_than_a_peer(tmp_path, monkeypatch):
 
 def test_node_bounds_the_peers_that_prove_themselves_and_then_say_nothing(tmp_path):
     with ranks(Rank(tmp_path, 0, exchange_seconds=100.0)) as (rank,):
-        silent = [RawPeer.call(rank.where).handshake() for _ in range(STRANGERS_LIMIT + 10)]
+        silent = []
+        while len(silent) < STRANGERS_LIMIT + 10:
+            together = [RawPeer.call(rank.where) for _ in range(10)]
+            silent += [peer.handshake() for peer in together]
         assert all(peer.closed() for peer in silent[:10])
         assert len(rank.node._switchboard._tasks) <= STRANGERS_LIMIT
         assert last_event(rank)["message"].startswith(Fault.CLOSING.value)

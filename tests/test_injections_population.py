@@ -138,9 +138,12 @@ def test_a_rank_that_is_stopped_for_a_while_holds_up_nobody_and_takes_part_again
 def test_a_rank_at_a_tenth_of_the_speed_stays_a_member(population):
     population.gather(0, 1, 2)
     with slowed(population, 1):
+        before = [population.step(rank) for rank in (0, 1, 2)]
         population.mixes(1, times=3, live=[0, 1, 2])
         population.goes_on(0)
         population.goes_on(2)
+        fast, slow, fast_too = (population.step(rank) - step for rank, step in zip((0, 1, 2), before, strict=True))
+    assert slow < min(fast, fast_too) / 2
 
 
 @pytest.mark.injects(Injection.TWO_LEADERS)

@@ -209,6 +209,7 @@ PLACES = {  # of the network thread, and whether the conversation at hand ends b
     "accepting": ("asyncio.selector_events.BaseSelectorEventLoop.sock_accept", False),
     "connecting": ("gossip.switchboard.connect", True),
     "authenticating": ("gossip.switchboard.authenticate", True),
+    "answering": ("gossip.strangers.Strangers._hear", True),
     "deciding": ("gossip.exchange.decide", True),
     "sending": ("gossip.wire.Wire.send", True),
     "receiving": ("gossip.wire.Wire.receive_into", True),

@@ -1,9 +1,12 @@
 """Real nodes that must not mix: other tensors, other data, another run. Not a byte of weights moves."""
 
+import functools
+
 import pytest
 import torch
 
 from bench.injection import Injection
+from gossip.evolutionary_node import EvolutionaryNode
 from gossip.faults import Fault
 from gossip.protocol import MERGE_METHODS, VERSION
 from gossip.state import Rule, Schema
@@ -77,3 +80,21 @@ def test_nodes_of_other_versions_have_other_schemas_even_past_the_opening(tmp_pa
         assert one.schema.hash != ours
     with ranks(one, other):
         meet(one, other, Fault.SCHEMA_MISMATCH, Fault.SCHEMA_MISMATCH)
+
+
+@pytest.mark.injects(Injection.WRONG_DATA)
+def test_train_gives_ranks_on_other_data_other_schemas(run_train, text, tmp_path, monkeypatch):
+    hashes, real = [], EvolutionaryNode.__init__
+
+    @functools.wraps(real)
+    def seen(node, *arguments, schema, **named):
+        hashes.append(schema.hash)
+        real(node, *arguments, schema=schema, **named)
+
+    monkeypatch.setattr(EvolutionaryNode, "__init__", seen)
+    content = text.read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_bytes(content.replace(b"quick", b"quack", 1))  # as long, and a letter of it differs
+    for number, data in enumerate((text, text, other)):
+        run_train(f"run_{number}", "--train_steps", "1", "--data", str(data))
+    assert hashes[0] == hashes[1] != hashes[2]

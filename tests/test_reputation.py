@@ -1,8 +1,15 @@
-"""Strikes: how long a process is distrusted, and how many are remembered."""
+"""Strikes: how long a process is distrusted, when that fades, and how many are remembered."""
 
 import pytest
 
-from gossip.reputation import FIRST_SECONDS, LONGEST_SECONDS, REMEMBERED, Reputation
+from gossip.reputation import (
+    FADE_SECONDS,
+    FIRST_SECONDS,
+    LONGEST_SECONDS,
+    MOST_STRIKES,
+    REMEMBERED,
+    Reputation,
+)
 
 
 class Clock:
@@ -49,6 +56,31 @@ def test_reputation_doubles_the_time_up_to_an_hour(reputation, clock):
 
 def test_reputation_stays_an_hour_after_any_number_of_strikes(reputation):
     assert [reputation.strike("a") for _ in range(3000)][-1] == LONGEST_SECONDS
+
+
+def test_reputation_forgets_a_strike_for_each_hour_of_trust(reputation, clock):
+    for _ in range(3):
+        clock.now += reputation.strike("a")
+    clock.now += FADE_SECONDS - 0.001
+    assert reputation.strike("a") == 480  # not yet
+    clock.now += 480 + 2 * FADE_SECONDS
+    assert reputation.strike("a") == 240  # two of four are forgotten, and this one is the third
+    clock.now += 240 + 100 * FADE_SECONDS
+    assert reputation.strike("a") == FIRST_SECONDS
+
+
+def test_reputation_forgets_nothing_while_it_distrusts(reputation, clock):
+    for _ in range(MOST_STRIKES):
+        reputation.strike("a")
+    clock.now += LONGEST_SECONDS
+    assert reputation.strike("a") == LONGEST_SECONDS
+
+
+def test_reputation_forgets_any_number_of_strikes_in_as_many_hours_as_count(reputation, clock):
+    for _ in range(3000):
+        reputation.strike("a")
+    clock.now += LONGEST_SECONDS + MOST_STRIKES * FADE_SECONDS
+    assert reputation.strike("a") == FIRST_SECONDS
 
 
 def test_reputation_forgets_the_process_whose_last_strike_is_oldest(reputation):

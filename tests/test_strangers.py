@@ -4,22 +4,18 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from bench.injection import Injection
 from gossip.faults import Fault
-from gossip.protocol import OPENING_BYTES, Flow, Hello
-from gossip.strangers import (
-    ACCEPTS_AT_ONCE,
-    ACCEPTS_ON_CREDIT,
-    ACCEPTS_PER_SECOND,
-    REPORT_SECONDS,
-    STRANGERS_LIMIT,
-    Reports,
-    TokenBucket,
-)
+from gossip.protocol import OPENING_BYTES, Flow, Hello, encode_opening
+from gossip.reports import Reports
+from gossip.strangers import STRANGERS_LIMIT
+from gossip.switchboard import ACCEPT_PAUSE_SECONDS, ACCEPTS_AT_ONCE, REPORT_SECONDS
+from gossip.wire import Wire
 from tests.gossip_helpers import (
     PATIENCE,
     Rank,
@@ -38,29 +34,6 @@ from tests.gossip_helpers import (
 def close_raw_peers():
     yield
     RawPeer.close_all()
-
-
-def test_token_bucket_lets_a_burst_pass_and_then_its_rate():
-    now = [50.0]
-    bucket = TokenBucket(rate=8.0, burst=3, credit=1, clock=lambda: now[0])
-    assert [bucket.take() for _ in range(3)] == [0.0] * 3
-    assert [bucket.take() for _ in range(2)] == [0.125, 0.25]
-    now[0] += 0.25  # both are paid for
-    assert bucket.take() == 0.125
-    now[0] += 1000.0
-    assert [bucket.take() for _ in range(4)] == [0.0, 0.0, 0.0, 0.125]
-
-
-def test_token_bucket_gives_credit_and_waits_for_all_of_it():
-    now, passed = [50.0], 0
-    bucket = TokenBucket(rate=8.0, burst=3, credit=4, clock=lambda: now[0])
-    assert [bucket.take() for _ in range(3 + 3)] == [0.0] * 6
-    while now[0] < 150.0:
-        wait = bucket.take()
-        assert wait in (0.0, 0.5)
-        now[0] += wait
-        passed += 1
-    assert passed == pytest.approx(800, abs=8)
 
 
 def test_reports_say_the_first_of_a_kind_at_once_and_then_count():
@@ -150,7 +123,7 @@ def test_flood_of_strangers_is_bounded_in_number_rate_and_lines(tmp_path):
     with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,), Trainer(rank):
         began, most = time.monotonic(), 0
         with flood(rank):
-            until(lambda: rank.node.counters.failed > ACCEPTS_AT_ONCE)
+            until(lambda: rank.node.counters.failed > 2 * STRANGERS_LIMIT)
             flooded = time.monotonic()
             while time.monotonic() - flooded < 2.0:
                 most = max(most, strangers(rank))
@@ -158,7 +131,7 @@ def test_flood_of_strangers_is_bounded_in_number_rate_and_lines(tmp_path):
         listened_to = rank.node.counters.failed + strangers(rank)
         passed = time.monotonic() - began
         assert most <= STRANGERS_LIMIT
-        assert listened_to <= ACCEPTS_AT_ONCE + ACCEPTS_ON_CREDIT + ACCEPTS_PER_SECOND * passed
+        assert listened_to <= ACCEPTS_AT_ONCE * (1 + passed / ACCEPT_PAUSE_SECONDS)
         assert len(rank.events()) <= 3 * (1 + passed // REPORT_SECONDS)  # one at a time for each kind of failure
         until(lambda: strangers(rank) == 0)
         assert_answers(rank)
@@ -167,10 +140,20 @@ def test_flood_of_strangers_is_bounded_in_number_rate_and_lines(tmp_path):
         assert any(", and " in message and message.endswith("more") for message in told)
 
 
+def test_peers_that_come_all_at_once_are_all_heard(tmp_path):
+    with ranks(Rank(tmp_path, 0)) as (rank,):
+        crowd = idle(rank, 3 * ACCEPTS_AT_ONCE)
+        for peer in crowd:
+            peer.handshake()
+        until(lambda: counted(rank, received=len(crowd)))
+        assert counted(rank, failed=0)
+
+
 @pytest.mark.injects(Injection.SLOW_HANDSHAKE)
 def test_slow_strangers_hold_no_peer_up(tmp_path):
     with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,):
         slow = idle(rank, 2 * STRANGERS_LIMIT)
+        until(lambda: counted(rank, failed=STRANGERS_LIMIT))  # all are accepted by then
         for byte in b"gruboros\x00":  # all of them at once, a byte at a time
             for peer in slow:
                 with contextlib.suppress(OSError):  # closed by then
@@ -181,6 +164,59 @@ def test_slow_strangers_hold_no_peer_up(tmp_path):
             assert time.monotonic() - began < 2.0
             good.close()
         until(lambda: rank.node.counters.tied == 9, rank)
+
+
+class Counted:
+    """Stands for Wire.take: how often it was called; gives at most `most` bytes at a time."""
+
+    def __init__(self, monkeypatch, most=100):
+        self.times, self.most, self._real = 0, most, Wire.take
+        monkeypatch.setattr(Wire, "take", lambda wire, nbytes: self(wire, nbytes))
+
+    def __call__(self, wire, nbytes):
+        self.times += 1
+        return self._real(wire, min(nbytes, self.most))
+
+
+def take_turns(rank, times=3):
+    """Let the network thread look `times` at what there is to do."""
+    for _ in range(times):
+        turned = threading.Event()
+        rank.node._switchboard.post(turned.set)
+        assert turned.wait(PATIENCE)
+
+
+@pytest.mark.injects(Injection.SLOW_HANDSHAKE)
+def test_a_slow_stranger_wakes_nobody_until_its_message_is_whole(tmp_path, monkeypatch):
+    looks = Counted(monkeypatch)
+    with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,):
+        slow = RawPeer.call(rank.where)
+        until(lambda: looks.times == 1)
+        said = encode_opening(bytes(32)) + bytes(32)
+        for length, message in ((1, said[:OPENING_BYTES]), (2, said[OPENING_BYTES:])):
+            for byte in message[:-1]:
+                slow.socket.sendall(bytes([byte]))
+                take_turns(rank)
+            assert looks.times == length and strangers(rank) == 1
+            slow.socket.sendall(message[-1:])
+            until(lambda length=length: looks.times == length + 1)
+        assert is_reset(slow)
+
+
+def test_a_caller_whose_messages_come_in_pieces_is_let_in(tmp_path, monkeypatch):
+    looks = Counted(monkeypatch, most=7)
+    with ranks(Rank(tmp_path, 0)) as (rank,):
+        assert_answers(rank)
+        assert looks.times >= 6 + 5
+
+
+def test_strangers_have_no_task(tmp_path):
+    with ranks(Rank(tmp_path, 0, exchange_seconds=30.0)) as (rank,):
+        waiting = idle(rank, 5)
+        for peer in waiting[:3]:
+            peer.openings()
+        until(lambda: strangers(rank) == 5)
+        assert not rank.node._switchboard._tasks
 
 
 def garbage(peer):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import pkgutil
 import socket
 import subprocess
 import sys
@@ -63,7 +64,15 @@ class Exhausted:
         return self.real(*arguments, **named)
 
 
-ANSWERING = ("authenticate", "Wire", "Channel", "converse", "_Party")
+ANSWERING = (
+    "gossip.handshake.decode_opening",
+    "gossip.handshake.session",
+    "gossip.wire.Wire.wake_at",
+    "gossip.switchboard.Channel",
+    "gossip.switchboard.Switchboard._hold",
+    "gossip.switchboard.converse",
+    "gossip.switchboard._Party",
+)
 
 
 @pytest.mark.injects(Injection.NETWORK_OUT_OF_MEMORY)
@@ -71,10 +80,11 @@ ANSWERING = ("authenticate", "Wire", "Channel", "converse", "_Party")
 def test_out_of_memory_ends_the_conversation_that_it_met_and_nothing_else(tmp_path, monkeypatch, place):
     with ranks(Rank(tmp_path, 0)) as (rank,):
         assert_answers_again(rank)
-        real = getattr(sys.modules["gossip.switchboard"], place)
-        monkeypatch.setattr(f"gossip.switchboard.{place}", Exhausted(real))
+        exhausted = Exhausted(pkgutil.resolve_name(place))
+        monkeypatch.setattr(place, only_on(rank, exhausted))
         with contextlib.suppress(EOFError, ConnectionError):  # closed at some moment of it
             RawPeer.call(rank.where).handshake().closed()
+        assert not exhausted.left
         until(lambda: counted(rank, failed=1))
         assert last_event(rank)["message"] == Fault.OUT_OF_MEMORY.value
         assert_answers_again(rank)
@@ -88,7 +98,7 @@ def assert_answers_again(rank):
 
 
 @pytest.mark.injects(Injection.NETWORK_OUT_OF_MEMORY)
-@pytest.mark.parametrize("place", ["connect", *ANSWERING, "Talk"])
+@pytest.mark.parametrize("place", ["connect", "authenticate", "Wire", "Channel", "converse", "_Party", "Talk"])
 def test_out_of_memory_in_a_call_leaves_room_for_the_next(tmp_path, monkeypatch, caplog, place):
     with (
         ranks(Rank(tmp_path / "0", 0)) as (peer,),
@@ -137,15 +147,11 @@ def test_accepting_goes_on_after_the_system_had_nothing_to_accept_with(tmp_path,
 
 
 @pytest.mark.injects(Injection.NETWORK_OUT_OF_MEMORY)
-@pytest.mark.parametrize("place", ["_hold", "_strangers.admit"])
-def test_accepting_goes_on_after_memory_was_out_for_a_new_conversation(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("name", ["Talk", "Wire", "steps"])
+def test_accepting_goes_on_after_memory_was_out_for_a_new_caller(tmp_path, monkeypatch, name):
     with ranks(Rank(tmp_path, 0)) as (rank,):
-        part, _, name = ("_switchboard." + place).rpartition(".")
-        holder = rank.node
-        for step in part.split("."):
-            holder = getattr(holder, step)
-        exhausted = Exhausted(getattr(holder, name))
-        monkeypatch.setattr(holder, name, exhausted)
+        exhausted = Exhausted(getattr(sys.modules["gossip.strangers"], name))
+        monkeypatch.setattr(f"gossip.strangers.{name}", exhausted)
         with contextlib.suppress(ConnectionError):  # reset perhaps before this end knew of the connection
             RawPeer.call(rank.where).closed()
         until(lambda: not exhausted.left)

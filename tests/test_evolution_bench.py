@@ -100,6 +100,20 @@ def test_evolution_pair_mean_keeps_the_pairs_sum(corpus):
         torch.testing.assert_close(first.live[name], second.live[name])
 
 
+def test_evolution_a_share_of_the_coordinates_is_averaged_in_both_sequences(corpus):
+    first, second = replicas_of(corpus, 2)
+    before = [{name: tensor.clone() for name, tensor in replica.live.items()} for replica in (first, second)]
+    policy_on(f"pair_mean:share=0.25,{WHOLE}", [first, second]).meet(first, second)
+    mean = {name: (before[0][name] + before[1][name]) / 2 for name in first.live}
+    for replica, old in zip((first, second), before, strict=True):
+        for name, now in replica.live.items():
+            moved = now != old[name]
+            torch.testing.assert_close(now[moved], mean[name][moved])
+    name = "token_emb.weight"
+    moved = [first.live[f"{kind}.{name}"] != before[0][f"{kind}.{name}"] for kind in "yz"]
+    assert torch.equal(*moved) and 0.2 < float(moved[0].float().mean()) < 0.3
+
+
 def test_evolution_nobody_meets_who_is_shunned(corpus):
     alone = trial(corpus, "solo:corrupt=1", replicas=3)
     shunned = trial(corpus, "pair_mean:corrupt=1,p=1,shun=1", replicas=3)
@@ -225,6 +239,7 @@ BY_HAND = {
     "solo": 0,
     "ddp": 1,
     "pair_mean:p=1": 2 * 4 / 4,  # both call, and at each of these meetings both send
+    "pair_mean:p=1,share=0.25": 2 * 4 / 4 / 4,
     "pair_mean:p=1,wire=fp32": 2 * 8 / 4,
     "pair_mean:p=1,payload=full,wire=fp32": 2 * 12 / 4,
     "one_way:p=1,winner=random": 2 * 4 / 4 / 2,  # one of the two sends
@@ -301,7 +316,8 @@ def test_evolution_arms_have_one_label_and_all_options():
     assert arm.label == "pair_mean:p=0.05,payload=full"
     assert arm.in_full() == {
         "policy": "pair_mean", "p": "0.05", "payload": "full", "wire": "bf16", "rollback": "inf", "shun": "0",
-        "replicas": "0", "lr": "1", "spread": "1", "corrupt": "0", "diverging": "0", "parted": "0",
+        "share": "1", "replicas": "0", "lr": "1", "sf_beta": "0.9", "spread": "1", "corrupt": "0", "diverging": "0",
+        "parted": "0",
     }  # fmt: skip
     assert [parse_arm(text, POLICIES).label for text in DEFAULT_ARMS] == list(DEFAULT_ARMS)
 
@@ -406,16 +422,17 @@ def test_evolution_real_ranks_are_measured_as_simulated_ones_are(data, corpus):
 
 
 def test_evolution_real_flags_say_the_arm():
-    flags = flags_of(setting(), parse_arm("ours:p=0.05,wire=bf16,rollback=inf,lr=2", POLICIES), 3)
+    flags = flags_of(setting(), parse_arm("ours:p=0.05,wire=bf16,rollback=inf,lr=2,sf_beta=0.95", POLICIES), 3)
     given = dict(zip(flags[2::2], flags[3::2], strict=True))
     assert flags[:2] == ["--cpu", "--no_enable_conv"] and given["--lr"] == "0.02" and given["--seed"] == "3"
+    assert given["--sf_beta"] == "0.95"
     assert given["--gossip_mixing_rate"] == "0.05" and given["--gossip_wire_dtype"] == "bf16"
     assert given["--gossip_rollback"] == "none" and given["--gossip_fitness"] == "probe"
     known = parse_arguments(["--data", "x", *flags], "")
     assert known["train_steps"] == 4 and known["gossip_least_effect"] == 0.01
 
 
-@pytest.mark.parametrize("arm", ["ddp", "one_way", "solo:spread=8", "ours:corrupt=1"])
+@pytest.mark.parametrize("arm", ["ddp", "one_way", "solo:spread=8", "ours:corrupt=1", "pair_mean:share=0.5"])
 def test_evolution_real_refuses_what_has_no_flags(arm):
     with pytest.raises(UserError, match="expected with --real"):
         flags_of(setting(), parse_arm(arm, POLICIES), 1)

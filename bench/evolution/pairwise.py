@@ -8,6 +8,9 @@ import math
 import random
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from bench.evolution.policy import Policy, require
 from bench.evolution.replica import Replica, weights_only
 from gossip.decision import Policy as Decider
@@ -61,9 +64,13 @@ class Meeting(Policy):
         """Each takes the mean of both."""
         for replica, buffer in zip((first, second), self._whole, strict=True):
             self._snapshot(replica, buffer)
+        self.leave_out(first, second)
         self._receive(first, self._whole[1], "average", 0.5)
         self._receive(second, self._whole[0], "average", 0.5)
         self.counts["averaged"] += 1
+
+    def leave_out(self, first: Replica, second: Replica) -> None:
+        """Before both take the mean: what is not to travel."""
 
     def send(self, winner: Replica, loser: Replica, method: str, alpha: float) -> bool:
         """The winner's weights flow into the loser; whether they stayed there."""
@@ -86,7 +93,11 @@ class Meeting(Policy):
         if self.wire == "bf16":
             for view in buffer.views.values():
                 view.copy_(view.bfloat16())
-        replica.sent += self._sent.nbytes // (2 if self.wire == "bf16" else 1)
+        replica.sent += self.bytes_sent()
+
+    def bytes_sent(self) -> float:
+        """By a replica at a meeting at which its weights travel."""
+        return self._sent.nbytes / (2 if self.wire == "bf16" else 1)
 
     def _receive(self, replica: Replica, buffer: StateBuffer, method: str, alpha: float) -> bool:
         judge = None if math.isinf(self.rollback) else replica.fitness.judge
@@ -101,10 +112,31 @@ class Meeting(Policy):
 
 @dataclass
 class PairMean(Meeting):
-    """Both take the mean, whoever is better."""
+    """Both take the mean, whoever is better. share: of the coordinates that travel, drawn anew for each meeting, of y
+    and z alike; ranks send them all.
+    """
+
+    share: float = 1.0
 
     def meet(self, caller: Replica, called: Replica) -> None:
         self.both_average(caller, called)
+
+    def bytes_sent(self) -> float:
+        return self.share * super().bytes_sent()
+
+    @torch.no_grad()
+    def leave_out(self, first: Replica, second: Replica) -> None:
+        if self.share == 1:
+            return
+        generator = torch.Generator().manual_seed(self.dice.getrandbits(63))
+        chosen: dict[str, Tensor] = {}
+        for spec in self._sent.tensors:
+            parameter = spec.name.partition(".")[2]
+            if parameter not in chosen:
+                chosen[parameter] = torch.rand(spec.shape, generator=generator) < self.share
+            for receiver, buffer in zip((second, first), self._whole, strict=True):
+                kept, view = receiver.live[spec.name].cpu(), buffer.views[spec.name]
+                view.copy_(torch.where(chosen[parameter], view, kept))
 
 
 @dataclass

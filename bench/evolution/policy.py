@@ -11,6 +11,7 @@ from bench.evolution.replica import Replica
 from gossip.fitness_tracker import FitnessTracker
 from runtime.errors import UserError
 from training.fitness import Fitness
+from training.options import OptimizerOptions
 from training.probe import Probe
 
 
@@ -46,14 +47,15 @@ class Solo(Policy):
 class Conditions:
     """What any arm may be put under.
 
-    replicas: of the population, 0: as --replicas says. lr: over --lr. spread: the rates lie from x1/4 to x2 (for 8),
-    evenly in their logarithm, one for each replica. corrupt: so many replicas read random bytes. diverging: so many
-    train at DIVERGING times their rate. parted: 1, and each rank's lanes begin side by side, in its own part of the
-    data; 0, and they begin all over the data, between the others', as train.py's do.
+    replicas: of the population, 0: as --replicas says. lr: over --lr. sf_beta: of schedule-free AdamW. spread: the
+    rates lie from x1/4 to x2 (for 8), evenly in their logarithm, one for each replica. corrupt: so many replicas read
+    random bytes. diverging: so many train at DIVERGING times their rate. parted: 1, and each rank's lanes begin side by
+    side, in its own part of the data; 0, and they begin all over the data, between the others', as train.py's do.
     """
 
     replicas: int = 0
     lr: float = 1.0
+    sf_beta: float = OptimizerOptions.sf_beta
     spread: float = 1.0
     corrupt: int = 0
     diverging: int = 0

@@ -72,14 +72,16 @@ def run_real(setting: Setting, arm: Arm, seed: int, data: Path, corpus: Corpus) 
 def flags_of(setting: Setting, arm: Arm, seed: int) -> list[str]:
     """train.py's flags for an arm, but --data and --output. Raises UserError."""
     policy, conditions = arm.policy(), arm.conditions
-    plain = dataclasses.replace(conditions, replicas=0, lr=1.0) == Conditions()
-    if not isinstance(policy, Solo | PairMean | Ours) or not plain:
-        raise UserError(f"expected with --real solo, pair_mean or ours under replicas and lr alone, got {arm.label}: "
-                        "leave it out")  # fmt: skip
+    plain = dataclasses.replace(conditions, replicas=0, lr=1.0, sf_beta=Conditions.sf_beta) == Conditions()
+    whole = not isinstance(policy, PairMean) or policy.share == 1
+    if not isinstance(policy, Solo | PairMean | Ours) or not plain or not whole:
+        raise UserError("expected with --real solo, pair_mean (share 1) or ours under replicas, lr and sf_beta alone, "
+                        f"got {arm.label}: leave it out")  # fmt: skip
     values = {
         "train_steps": setting.steps, "seed": seed, "val_fraction": setting.val_fraction, "dim": setting.dim,
         "depth": setting.depth, "ff_mult": setting.ff_mult, "batch_size": setting.batch_size,
-        "chunk_size": setting.chunk_size, "lr": setting.lr * conditions.lr, "weight_decay": setting.weight_decay,
+        "chunk_size": setting.chunk_size, "lr": setting.lr * conditions.lr, "sf_beta": conditions.sf_beta,
+        "weight_decay": setting.weight_decay,
         "warmup_steps": setting.warmup_steps, "val_every": 0, "save_every": 10 * setting.steps, "log_every": 1,
         "gossip_host": "127.0.0.1", "gossip_heartbeat": 0.5,  # so that ranks know each other soon
     } | _gossip(policy)  # fmt: skip

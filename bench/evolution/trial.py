@@ -74,7 +74,13 @@ def run_trial(setting: Setting, arm: Arm, seed: int, corpus: Corpus, device: tor
     policy, ranks = arm.policy(), arm.conditions.replicas or setting.replicas
     readers = list(_readers(setting, arm.conditions, ranks, seed, training))
     groups = [readers] if policy.one_model else [[reader] for reader in readers]
-    replicas = [_replica(setting, policy, seed, rank, group, probed, device) for rank, group in enumerate(groups)]
+    options = OptimizerOptions(
+        lr=setting.lr, weight_decay=setting.weight_decay, warmup_steps=setting.warmup_steps,
+        sf_beta=arm.conditions.sf_beta,
+    )  # fmt: skip
+    replicas = [
+        _replica(setting, options, policy, seed, rank, group, probed, device) for rank, group in enumerate(groups)
+    ]
     for replica, factor in zip(replicas, rate_factors(arm.conditions, len(replicas)), strict=True):
         replica.lr = setting.lr * factor
     policy.begin(replicas, random.Random(f"{seed} meetings"))
@@ -143,13 +149,12 @@ def _readers(setting: Setting, conditions: Conditions, ranks: int, seed: int, tr
 
 
 def _replica(
-    setting: Setting, policy: Policy, seed: int, rank: int, readers: list[Reader], probed: Region,
-    device: torch.device,
+    setting: Setting, options: OptimizerOptions, policy: Policy, seed: int, rank: int, readers: list[Reader],
+    probed: Region, device: torch.device,
 ) -> Replica:  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # all replicas begin alike
         model = MinLM(setting.model).to(device)
-    options = OptimizerOptions(lr=setting.lr, weight_decay=setting.weight_decay, warmup_steps=setting.warmup_steps)
     weights = build_optimizer(model, options)
     probe = Probe(model, weights, probed, setting.probe_windows, LANES * LANE_CHUNK, device)
     fitness = policy.fitness_of(FitnessTracker(PopulationOptions().gossip_fitness_decay), probe)

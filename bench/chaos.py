@@ -8,6 +8,7 @@ living          ranks that trained a step in an interval, by their registry file
 mixed, merged   ranks that completed a conversation in which weights arrived; and those that took weights in
 bytes/CPU-s     bytes trained on over CPU-seconds of the training threads, each process from the first time it was seen
                 training to the last: no start-up, and work that a kill undid counts as done
+spared          the same of the ranks that no fault killed, and of those of the same numbers in the calm population
 goodput         bytes behind the final checkpoints over CPU-seconds of all processes: start-up and lost work count
 held-out        loss of the final checkpoints, nats per byte, on the same 64 KiB for all
 
@@ -128,15 +129,17 @@ def report(halves: list[Half], begin: float, end: float, seconds: float, faults:
     )
 
 
-def figures_of(half: Half, bounds: list[tuple[float, float]], corpus: Path) -> dict:
-    """All that is known of a population that has ended."""
+def figures_of(half: Half, bounds: list[tuple[float, float]], corpus: Path, killed: set[int]) -> dict:
+    """All that is known of a population that has ended. killed: ranks that a fault killed, in the one or the other."""
     population = half.population
     half.rows = population.events()
     intervals = [half.interval(*pair) for pair in bounds]
     trained, cpu_s = half.watch.trained(bounds[0][0], bounds[-1][1])
+    spared, spared_cpu_s = half.watch.trained(bounds[0][0], bounds[-1][1], without=killed)
     deaths = len(re.findall(r"^rank \d+ (?:exited with status|was killed|could not)", population.output, re.MULTILINE))
     return {
         "bytes_per_cpu_s": trained / cpu_s,
+        "bytes_per_cpu_s_spared": spared / spared_cpu_s if spared_cpu_s else 0.0,
         "goodput": final_bytes(population) / population.cpu_seconds,
         "living": statistics.mean(each["living"] for each in intervals),
         "mixed_share": statistics.mean(each["mixed"] / max(each["living"], 1) for each in intervals),
@@ -163,6 +166,7 @@ def compare(calm: dict, chaos: dict, faults: list[Fault], mixed_after: int) -> d
         "goodput_ratio": chaos["goodput"] / calm["goodput"],
         "mixed_share_ratio": chaos["mixed_share"] / calm["mixed_share"] if calm["mixed_share"] else None,
         "intervals_with_mixed_share_below_90_percent": sum(other < 0.9 * one for one, other in shares),
+        "intervals_with_calm_below_90_percent_of_chaos": sum(one < 0.9 * other for one, other in shares),  # by chance
         "held_out_difference": chaos["held_out"]["mean"] - calm["held_out"]["mean"],
         "faults": dict(Counter(fault.injection.name for fault in faults)),
         "kills": len(kills),
@@ -184,6 +188,7 @@ def table(calm: dict, chaos: dict, shown: dict) -> str:
     lines = [f"{'':34s}{'calm':>12s}{'chaos':>12s}{'ratio':>9s}"]
     for title, name, form in (
         ("bytes per CPU-s, training threads", "bytes_per_cpu_s", ",.0f"),
+        ("... of the ranks that were spared", "bytes_per_cpu_s_spared", ",.0f"),
         ("goodput, bytes per CPU-s in all", "goodput", ",.0f"),
         ("living ranks", "living", ".2f"),
         ("share of them that mixed", "mixed_share", ".3f"),
@@ -237,7 +242,8 @@ def main(arguments: list[str]) -> int:
         ends = [began + options.interval * place for place in range(int(options.minutes * 60 / options.interval) + 1)]
         if len(ends) < 2:
             ends = [began, began + options.minutes * 60]
-        calm, chaos = (figures_of(half, list(itertools.pairwise(ends)), corpus) for half in halves)
+        killed = {fault.rank for fault in faults if fault.killed}
+        calm, chaos = (figures_of(half, list(itertools.pairwise(ends)), corpus, killed) for half in halves)
         last = max((began + fault.seconds for fault in faults), default=began) + time.time() - time.monotonic()
         shown = compare(calm, chaos, faults, len(mixes(halves[1].rows, last, math.inf)))
     print(table(calm, chaos, shown))

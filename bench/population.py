@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -180,13 +180,14 @@ class Watch:
             self._ranking_from = max(self._ranking_from, (self._population.registry / "ranking.json").stat().st_mtime)
         self.ranking_seconds = max(self.ranking_seconds, time.time() - self._ranking_from)
 
-    def trained(self, begin: float, end: float) -> tuple[int, float]:
-        """Bytes trained on, and CPU-seconds of the training threads, from `begin` to `end`.
+    def trained(self, begin: float, end: float, without: Collection[int] = ()) -> tuple[int, float]:
+        """Bytes trained on, and CPU-seconds of the training threads, from `begin` to `end`, by all ranks but `without`.
 
         Of each process the difference between two samples: the last one until `begin`, else its first, and the last
         one until `end`. So what a process does before its first sample (start-up) and after its last is in neither.
         """
-        spans = [span for samples in self.lives.values() if (span := _span(samples, begin, end))]
+        lives = (samples for (rank, _), samples in self.lives.items() if rank not in without)
+        spans = [span for samples in lives if (span := _span(samples, begin, end))]
         return sum(b.bytes_seen - a.bytes_seen for a, b in spans), sum(b.cpu_s - a.cpu_s for a, b in spans)
 
     def living(self, begin: float, end: float) -> set[int]:

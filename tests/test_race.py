@@ -272,7 +272,7 @@ def test_race_results_are_named_by_all_that_they_depend_on(tmp_path):
         (["--minutes", "0", "--table"], "above 0"),
         (["--models", "everyone"], "--models"),
         (["--data", "absent.txt", "--setting", "0.01", "1"], "dropout in"),
-        (["--data", __file__, "--models", "mingru_pytorch", "--setting", "0.01", "0.1"], "which has none"),
+        (["--data", __file__, "--models", "ours", "mingru_pytorch", "--setting", "0.01", "0.1"], "which has none"),
     ],
 )
 def test_race_mistakes_are_one_line(flags, complaint, tmp_path, monkeypatch):

@@ -25,7 +25,8 @@ from bench.race import ours, rivals
 from bench.race.contestant import Plan, Setting
 from bench.race.heat import Heat, read, read_all, run
 from bench.race.rivals import RIVALS
-from bench.race.tuning import tune
+from bench.race.tuning import RATES, tune
+from runtime.allocator import keep_freed_memory
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.errors import UserError
 from runtime.stderr import say
@@ -53,8 +54,11 @@ class Race:
 
     def run(self) -> None:
         """Every model: tuned unless its setting is given, then raced with each seed."""
+        given = Setting(*self.given.setting) if self.given.setting else None
         for model in self.given.models:
-            setting = Setting(*self.given.setting) if self.given.setting else self.tuned(model)
+            self.plan(model, given or Setting(RATES[0], 0.0))  # mistakes come out before the first heat
+        for model in self.given.models:
+            setting = given or self.tuned(model)
             if self.given.tune_only:
                 continue
             for seed in self.given.seeds:
@@ -158,6 +162,7 @@ def main(argv: Sequence[str]) -> None:
     """Run what was asked for and has no result yet, then show all results of the folder."""
     given = parse(argv)
     torch.set_num_threads(given.threads)
+    keep_freed_memory()  # as train.py does; the rivals have it too
     if not given.table:
         Race(given).run()
     console = Console()

@@ -24,7 +24,7 @@ def kernels() -> CDLL | None:
     try:
         library = load_kernels(Path(__file__).with_name("dropout_native.c"))
     except NativeUnavailable as error:
-        say(f"warning: dropout runs without its C kernel, some four times slower: {error}")
+        say(f"warning: dropout runs without its C kernel, some five times slower: {error}")
         return None
     library.dropout.argtypes = [c_void_p] * 2 + [c_int64] * 2 + [c_int32, c_float]
     library.dropout.restype = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mingru.conv import CausalConv, Reach, reach
+from mingru.dropout import dropout
 from mingru.minGRU import minGRU
 from mingru.norm import RMSNorm
 from runtime.errors import UserError
@@ -145,7 +146,7 @@ class Block(nn.Module):
         return x_BTD, hidden_B1E.squeeze(1), past_BSD
 
     def _drop(self, branch_BTD: Tensor) -> Tensor:
-        return F.dropout(branch_BTD, self.dropout, self.training) if self.dropout else branch_BTD
+        return dropout(branch_BTD, self.dropout) if self.dropout and self.training else branch_BTD
 
 
 class MinLM(nn.Module):

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench.race import rivals
+from bench.race import __main__ as race
+from bench.race import ours, rivals
 from bench.race.__main__ import main
-from bench.race.contestant import measure, windows
+from bench.race.contestant import Plan, Setting, measure, windows
 from bench.race.heat import Heat, read_all
-from bench.race.ours import Ours, parse_flags
-from bench.race.rivals import RIVALS, Rival, count, nearest_width, rate_factor
+from bench.race.ours import parse_flags
+from bench.race.rivals import RIVALS, count, nearest_width, rate_factor
+from bench.race.tuning import DROPOUTS, MOST_RATES, RATES, best_rate, tune
 from runtime.errors import UserError
 from training.data import Corpus, Region
+from training.options import resolve_options
 
 QUICK = ["--minutes", "0.005", "--rate_minutes", "0.001", "--params", "90000", "--threads", "1"]
 TINY = "--dim 16 --depth 1 --batch_size 2 --chunk_size 16"
@@ -54,29 +57,35 @@ def quick(monkeypatch):
 
 
 def test_race_runs_every_model_once_and_reports_each(data, tmp_path, capsys, quick):
-    command = ["--data", str(data), "--output", str(tmp_path / "race"), *QUICK, f"--ours={TINY} --lr 1e-2"]
+    command = ["--data", str(data), "--output", str(tmp_path / "race"), *QUICK, f"--ours={TINY}"]
     main(command)
     table = capsys.readouterr().out
     results = read_all(tmp_path / "race")
-    raced = {result["heat"]["model"]: result for result in results if result["heat"]["minutes"] == 0.005}
-    assert set(raced) == {"ours", *RIVALS} and len(results) == 4 + 2 * 3
+    raced = {result["heat"]["model"]: result for result in results if result["heat"]["measured"] == "held-out"}
+    assert set(raced) == {"ours", *RIVALS} and all(result["heat"]["minutes"] == 0.005 for result in raced.values())
     for name, result in raced.items():
         loss = result["loss"]
         assert loss["windows"] < math.log(256) + 0.5 and (loss["carried"] is not None) == (name in ("ours", "gru"))
         assert f"{loss['windows']:.4f}" in table and f"{loss['windows'] / math.log(2):.4f}" in table
         assert result["wall_s"] >= 0.3 and result["steps"] > 0 and result["cpu_s_a_thread"] > 0
-        tried = {r["heat"]["rate"]: r["loss"]["windows"] for r in results
-                 if r["heat"]["model"] == name and r["heat"]["minutes"] == 0.001}  # fmt: skip
-        if name != "ours":
-            assert set(tried) == set(RIVALS[name].rates) and tried[result["heat"]["rate"]] == min(tried.values())
-    assert raced["ours"]["bytes_seen"] == 2 * 16 * raced["ours"]["steps"] and raced["ours"]["told"]["rate"] == 0.01
+        tried = {minutes: {Setting(r["told"]["rate"], r["told"]["dropout"]): r["loss"]["windows"] for r in results
+                           if (r["heat"]["model"], r["heat"]["measured"], r["heat"]["minutes"])
+                           == (name, "tuning", minutes)} for minutes in (0.001, 0.005)}  # fmt: skip
+        rates, dropouts, chosen = *tried.values(), Setting(result["told"]["rate"], result["told"]["dropout"])
+        assert {Setting(rate, 0.0) for rate in RATES} <= set(rates) and len(rates) <= MOST_RATES
+        assert rates[chosen._replace(dropout=0.0)] == min(rates.values())
+        if name != "mingru_pytorch":
+            assert {setting.dropout for setting in dropouts} == set(DROPOUTS)
+            assert dropouts[chosen] == min(dropouts.values())
+    assert raced["ours"]["bytes_seen"] == 2 * 16 * raced["ours"]["steps"]
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "race").iterdir()}
     main(command)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "race").iterdir()} == written
-    main([*command, "--models", "ours", "--seeds", "2", "--curve", "0.1"])
-    assert len(written) + 1 == len(list((tmp_path / "race").iterdir()))
-    main([*command, "--models", "ours", "--clock", "cpu", "--seeds", "3"])
+    with_setting = [*command, "--models", "ours", "--setting", "0.01", "0.1"]
+    main([*with_setting, "--seeds", "2", "--curve", "0.1"])
+    main([*with_setting, "--clock", "cpu", "--seeds", "3"])
+    assert len(written) + 2 == len(list((tmp_path / "race").iterdir()))
     (third,) = (r for r in read_all(tmp_path / "race") if r["heat"]["seed"] == 3)
     assert third["cpu_s_a_thread"] >= 0.3 and third["heat"]["clock"] == "cpu"
     (second,) = (r for r in read_all(tmp_path / "race") if r["heat"]["seed"] == 2)
@@ -115,7 +124,8 @@ class FakeRegion:
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_race_rivals_learn_and_see_nothing_ahead(name, halves, quick):
-    rival = Rival(name, 90_000, max(RIVALS[name].rates), halves[0], seed=1)
+    rival = rivals.plan(name, 90_000, Setting(5e-3, 0.1 * RIVALS[name].drops)).build(halves[0], 1)
+    rival._model.eval()
     ids_BT = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(1))
     changed_BT = ids_BT.clone()
     changed_BT[:, 20] = (changed_BT[:, 20] + 1) % 256
@@ -132,7 +142,7 @@ def test_race_rivals_learn_and_see_nothing_ahead(name, halves, quick):
 @pytest.mark.parametrize("name", RIVALS)
 def test_race_rivals_have_the_parameters_asked_for(name):
     with torch.device("meta"):
-        parameters = count(RIVALS[name].build(nearest_width(RIVALS[name], 1_900_000)))
+        parameters = count(RIVALS[name].build(nearest_width(name, 1_900_000), 0.1))
     assert abs(parameters / 1_900_000 - 1) < 0.03
 
 
@@ -143,28 +153,113 @@ def test_race_rate_rises_then_falls_to_a_tenth():
 
 
 def test_race_ours_is_what_train_py_would_build():
-    given = parse_flags("--enable-conv --lr 0.02 --dtype bf16", 1_900_000)
-    assert given == {"enable_conv": True, "lr": 0.02, "dtype": "bf16", "params": 1_900_000}
+    given = parse_flags("--enable-conv --sf_beta 0.8 --dtype bf16", 1_900_000)
+    assert given == {"enable_conv": True, "sf_beta": 0.8, "dtype": "bf16", "params": 1_900_000}
     assert "params" not in parse_flags("--dim 64", 1_900_000)
-    with pytest.raises(UserError, match="--train_steps"):
-        parse_flags("--train_steps 5", 1_900_000)
+    for flags in ("--train_steps 5", "--lr 1e-2", "--dropout 0.1"):
+        with pytest.raises(UserError, match=flags.split()[0]):
+            parse_flags(flags, 1_900_000)
+
+
+def test_race_ours_is_named_by_the_options_in_force(monkeypatch):
+    def options(flags, rate=0.01, dropout=0.1):
+        return ours.plan(parse_flags(flags, 1_900_000), Setting(rate, dropout)).options
+
+    usual = options("")
+    assert usual["lr"] == 0.01 and usual["dropout"] == 0.1 and "seed" not in usual
+    assert options("--lane_groups 16 --params 1900000 --dtype fp32") == usual
+    for flags in ("--lane_groups 4", "--batch_size 4", "--warmup_steps 5", "--no_enable_conv", "--ff_mult 3",
+                  "--dim 96", "--expansion_factor 2", "--sf_beta 0.8", "--weight_decay 0.2", "--dtype bf16",
+                  "--no_schedulefree"):  # fmt: skip
+        assert options(flags) != usual, flags
+    assert options("", rate=0.02) != usual != options("", dropout=0.0)
+
+    def with_another_default(given):
+        resolved = resolve_options(given)
+        resolved.optimizer.warmup_steps += 1
+        return resolved
+
+    monkeypatch.setattr(ours, "resolve_options", with_another_default)
+    assert options("") != usual
+
+
+def test_race_tunes_every_contestant_on_training_bytes_only(data, tmp_path, monkeypatch):
+    seen = []
+
+    def plan(*arguments):
+        setting = arguments[-1]
+        return Plan({"setting": list(setting)}, lambda region, seed: FakeContestant(region, setting))
+
+    def run(heat, contestant, unseen, folder, curve):
+        seen.append((heat, contestant.region, unseen))
+        loss = math.nan if contestant.setting.rate < 1e-3 else contestant.setting.rate - contestant.setting.dropout
+        return {"loss": {"windows": loss}, "steps": 1}
+
+    monkeypatch.setattr(race.ours, "plan", plan)
+    monkeypatch.setattr(race.rivals, "plan", plan)
+    monkeypatch.setattr(race, "run", run)
+    main(["--data", str(data), "--output", str(tmp_path), "--minutes", "8"])
+    size = data.stat().st_size
+    for heat, region, unseen in seen:
+        assert region.begin == 0 and region.end == unseen.begin
+        assert (unseen.end == size) == (heat.measured == "held-out") and unseen.end in (size, int(0.9 * size))
+    for name in race.MODELS:
+        own = [(heat.measured, heat.minutes, *heat.options["setting"]) for heat, _, _ in seen if heat.model == name]
+        dropout = 0.0 if name == "mingru_pytorch" else 0.1
+        rates = [("tuning", 2, rate, 0.0) for rate in (2e-3, 4e-3, 8e-3, 1e-3, 5e-4)]
+        tried = [("tuning", 8, 1e-3, chance) for chance in (0.0, 0.1) if dropout]
+        assert own == [*rates, *tried, ("held-out", 8, 1e-3, dropout)]
+
+
+class FakeContestant:
+    parameters, told = 0, {}
+
+    def __init__(self, region, setting):
+        self.region, self.setting = region, setting
+
+
+@pytest.mark.parametrize(
+    "best, tried, found",
+    [(4e-3, 3, 4e-3), (1e-3, 5, 1e-3), (8e-3, 4, 8e-3), (3.2e-2, 6, 3.2e-2), (1.0, 6, 6.4e-2), (1e-9, 6, 2.5e-4)],
+)
+def test_race_grid_of_rates_grows_until_its_best_is_inside(best, tried, found):
+    losses = {}
+
+    def loss(rate):
+        assert rate not in losses
+        losses[rate] = abs(math.log(rate / best))
+        return losses[rate]
+
+    assert best_rate(loss) == pytest.approx(found) and len(losses) == tried
+
+
+def test_race_dropout_is_chosen_in_trials_as_long_as_the_race():
+    asked = []
+
+    def loss(setting, minutes):
+        asked.append((setting, minutes))
+        return abs(setting.rate - 4e-3) - (setting.dropout if minutes == 7 else -setting.dropout)
+
+    assert tune(loss, 7, 2, drops=True) == Setting(4e-3, 0.1) and len(asked) == 5
+    assert [minutes for setting, minutes in asked] == [2, 2, 2, 7, 7]
+    assert tune(loss, 7, 2, drops=False) == Setting(4e-3, 0.0) and len(asked) == 8
 
 
 def test_race_ours_repeats_and_seeds_differ(halves):
     losses = []
     for seed in (1, 1, 2):
-        ours = Ours(parse_flags(TINY, 0), halves[0], seed)
+        contestant = ours.plan(parse_flags(TINY, 0), Setting(0.01, 0.1)).build(halves[0], seed)
         for _ in range(3):
-            ours.train_step(0.0)
-        losses.append(measure(ours, halves[1]))
+            contestant.train_step(0.0)
+        losses.append(measure(contestant, halves[1]))
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_race_results_are_named_by_all_that_they_depend_on(tmp_path):
-    base = {"model": "gru", "minutes": 1, "clock": "wall", "seed": 1, "parameters": 5, "threads": 1, "fingerprint": "a",
-            "rate": 0.1}  # fmt: skip
-    changes = {"model": "ours", "minutes": 2, "clock": "cpu", "seed": 2, "parameters": 6, "threads": 2,
-               "fingerprint": "b", "rate": 0.2, "flags": "--lr 1"}  # fmt: skip
+    base = {"model": "gru", "minutes": 1, "clock": "wall", "seed": 1, "threads": 1, "fingerprint": "a",
+            "measured": "held-out", "options": {"rate": 0.1}}  # fmt: skip
+    changes = {"model": "ours", "minutes": 2, "clock": "cpu", "seed": 2, "threads": 2, "fingerprint": "b",
+               "measured": "tuning", "options": {"rate": 0.2}}  # fmt: skip
     paths = {Heat(**base).path(tmp_path)} | {Heat(**base | {k: v}).path(tmp_path) for k, v in changes.items()}
     assert len(paths) == 1 + len(changes)
 
@@ -176,6 +271,8 @@ def test_race_results_are_named_by_all_that_they_depend_on(tmp_path):
         (["--data", "absent.txt"], "absent.txt"),
         (["--minutes", "0", "--table"], "above 0"),
         (["--models", "everyone"], "--models"),
+        (["--data", "absent.txt", "--setting", "0.01", "1"], "dropout in"),
+        (["--data", __file__, "--models", "ours", "mingru_pytorch", "--setting", "0.01", "0.1"], "which has none"),
     ],
 )
 def test_race_mistakes_are_one_line(flags, complaint, tmp_path, monkeypatch):

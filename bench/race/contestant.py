@@ -4,8 +4,8 @@ Shapes: B lanes, T bytes of a chunk, S = T + 1.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,13 @@ from training.data import Chunk, Region, validation_chunks
 WINDOW = 256  # targets of a window that is read from a state of zero: the context of the Transformer
 LANES = 16  # in which the held-out bytes are read where the state is carried along
 WINDOWS_AT_ONCE = 64
+
+
+class Setting(NamedTuple):
+    """What is tuned of every contestant: the learning rate, and the chance of dropout."""
+
+    rate: float
+    dropout: float
 
 
 class Contestant(Protocol):
@@ -33,6 +40,13 @@ class Contestant(Protocol):
 
     def loss(self, chunk: Chunk, state: Any) -> tuple[Tensor, Any]:
         """Mean loss in nats over the chunk's targets, by the weights that one would use, and the state after it."""
+
+
+class Plan(NamedTuple):
+    """How to build a contestant on a region with a seed, and all the options in force that its result depends on."""
+
+    options: dict[str, Any]
+    build: Callable[[Region, int], Contestant]
 
 
 @torch.no_grad()

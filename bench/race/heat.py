@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import time
@@ -12,48 +11,35 @@ from typing import Any
 
 from bench.evidence import write_result
 from bench.race.contestant import Contestant, measure
-from bench.race.ours import Ours
-from bench.race.rivals import RIVALS, Rival
 from runtime.errors import UserError
 from training.data import Region
-
-MODELS = ("ours", *RIVALS)
 
 
 @dataclass(frozen=True)
 class Heat:
-    """Everything that a result depends on but the machine. rate: a rival's; flags: ours, those of train.py.
+    """Everything that a result depends on but the machine.
 
     clock: "wall", or "cpu": the process's CPU time over its threads, by which a shared machine is less unfair.
+    measured: on "held-out" bytes, or to tune. options: those of the contestant's plan.
     """
 
     model: str
     minutes: float
     clock: str
     seed: int
-    parameters: int
     threads: int
     fingerprint: str
-    rate: float | None = None
-    flags: str | None = None
+    measured: str
+    options: dict[str, Any]
 
     def path(self, folder: Path) -> Path:
         """Where its result is."""
         key = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
-        return folder / f"{self.model}_{self.minutes:g}min_{self.clock}_seed{self.seed}_{key}.json"
-
-
-def build(heat: Heat, given: dict[str, Any] | None, training: Region) -> Contestant:
-    """The contestant, untrained. given: what parse_flags made of the flags, for ours. Raises UserError."""
-    if heat.model == "ours":
-        return Ours(given, training, heat.seed)
-    if heat.model == "mingru_pytorch" and importlib.util.find_spec("minGRU_pytorch") is None:
-        raise UserError("expected the package minGRU-pytorch, got none: pip install -r requirements-dev.txt")
-    return Rival(heat.model, heat.parameters, heat.rate, training, heat.seed)
+        return folder / f"{self.model}_{self.minutes:g}min_{self.clock}_{self.measured}_seed{self.seed}_{key}.json"
 
 
 def run(
-    heat: Heat, contestant: Contestant, held_out: Region, folder: Path, curve_seconds: float | None = None
+    heat: Heat, contestant: Contestant, unseen: Region, folder: Path, curve_seconds: float | None = None
 ) -> dict[str, Any]:
     """Train for the heat's minutes, measure, write the result.
 
@@ -67,12 +53,12 @@ def run(
         steps += 1
         seconds = {name: seconds[name] + now - before[name] for name, now in _clocks(heat.threads).items()}
         if due <= seconds[heat.clock] < budget:
-            curve.append({"seconds": seconds[heat.clock], "steps": steps, **measure(contestant, held_out)})
+            curve.append({"seconds": seconds[heat.clock], "steps": steps, **measure(contestant, unseen)})
             due += curve_seconds
     result = {
         "heat": dataclasses.asdict(heat), "told": contestant.told, "parameters": contestant.parameters,
         "steps": steps, "bytes_seen": seen, "wall_s": seconds["wall"], "cpu_s_a_thread": seconds["cpu"],
-        "loss": measure(contestant, held_out), "curve": curve,
+        "loss": measure(contestant, unseen), "curve": curve,
     }  # fmt: skip
     write_result(heat.path(folder), "race", result)
     return result

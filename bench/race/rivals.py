@@ -3,6 +3,8 @@
 Shapes: B lanes, T bytes, D width, V byte values, H heads.
 """
 
+import functools
+import importlib.util
 import itertools
 import math
 import time
@@ -14,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.race.contestant import WINDOW
+from bench.race.contestant import WINDOW, Plan, Setting
+from runtime.errors import UserError
 from training.data import Chunk, Region
 
 VOCABULARY = 256
@@ -27,23 +30,24 @@ CLIP = 1.0
 
 
 class GRULM(nn.Module):
-    """Embedding, two layers of torch.nn.GRU, a dense layer."""
+    """Embedding, two layers of torch.nn.GRU, a dense layer; dropout on what each layer hands on."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, 256)
-        self.gru = nn.GRU(256, dim, num_layers=2, batch_first=True)
+        self.gru = nn.GRU(256, dim, num_layers=2, batch_first=True, dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(dim, VOCABULARY)
 
     def forward(self, ids_BT: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h_BTD, state = self.gru(self.embedding(ids_BT), state)
-        return self.head(h_BTD), state
+        return self.head(self.dropout(h_BTD)), state
 
 
 class MinGRUPytorch(nn.Module):
-    """minLM of the package minGRU-pytorch, its other options at their defaults."""
+    """minLM of the package minGRU-pytorch, its other options at their defaults; it knows no dropout."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         from minGRU_pytorch.minLM import minLM  # of the tests' requirements; the other contestants do without
 
@@ -54,14 +58,16 @@ class MinGRUPytorch(nn.Module):
 
 
 class Transformer(nn.Module):
-    """nanoGPT's shape: learned positions, pre-norm blocks of attention and GELU, no biases, tied embedding."""
+    """nanoGPT's shape: learned positions, pre-norm blocks of attention and GELU, no biases, tied embedding; and its
+    dropout: on the embedding, the attention's shares, and what each branch adds."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         layers = 4
         self.embedding = nn.Embedding(VOCABULARY, dim)
         self.positions = nn.Parameter(torch.empty(WINDOW, dim))
-        self.blocks = nn.ModuleList(TransformerBlock(dim) for _ in range(layers))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(dim, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, bias=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
@@ -71,7 +77,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * layers))
 
     def forward(self, ids_BT: Tensor, state: None = None) -> tuple[Tensor, None]:
-        x_BTD = self.embedding(ids_BT) + self.positions[: ids_BT.shape[1]]
+        x_BTD = self.dropout(self.embedding(ids_BT) + self.positions[: ids_BT.shape[1]])
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return F.linear(self.norm(x_BTD), self.embedding.weight), None
@@ -80,9 +86,10 @@ class Transformer(nn.Module):
 class TransformerBlock(nn.Module):
     """Causal self-attention, heads of 32, and a feed-forward four times as wide."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         self.heads = dim // 32
+        self.dropout = nn.Dropout(dropout)
         self.attention_norm, self.norm = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
         self.queries_keys_values = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -92,43 +99,58 @@ class TransformerBlock(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         projected = self.queries_keys_values(self.attention_norm(x_BTD)).chunk(3, dim=-1)
         split = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected)
-        attended_BHTd = F.scaled_dot_product_attention(*split, is_causal=True)
-        x_BTD = x_BTD + self.out(attended_BHTd.transpose(1, 2).flatten(2))
-        return x_BTD + self.down(F.gelu(self.up(self.norm(x_BTD))))
+        chance = self.dropout.p if self.training else 0.0
+        attended_BHTd = F.scaled_dot_product_attention(*split, dropout_p=chance, is_causal=True)
+        x_BTD = x_BTD + self.dropout(self.out(attended_BHTd.transpose(1, 2).flatten(2)))
+        return x_BTD + self.dropout(self.down(F.gelu(self.up(self.norm(x_BTD)))))
 
 
 class Kind(NamedTuple):
-    """How a rival is built for a width, the grain of its widths, and the learning rates that are tried."""
+    """How a rival is built for a width and a chance of dropout, the grain of its widths, whether it has dropout."""
 
-    build: Callable[[int], nn.Module]
+    build: Callable[[int, float], nn.Module]
     grain: int
-    rates: tuple[float, ...]
+    drops: bool
 
 
 RIVALS = {
-    "gru": Kind(GRULM, 8, (2.5e-3, 5e-3)),
-    "mingru_pytorch": Kind(MinGRUPytorch, 32, (3e-3, 6e-3)),
-    "transformer": Kind(Transformer, 32, (1.5e-3, 3e-3)),
+    "gru": Kind(GRULM, 8, True),
+    "mingru_pytorch": Kind(MinGRUPytorch, 32, False),
+    "transformer": Kind(Transformer, 32, True),
 }
+
+
+def plan(name: str, parameters: int, setting: Setting) -> Plan:
+    """The rival of about so many parameters. Raises UserError where its package is missing, or it has no dropout."""
+    if name == "mingru_pytorch" and importlib.util.find_spec("minGRU_pytorch") is None:
+        raise UserError("expected the package minGRU-pytorch, got none: pip install -r requirements-dev.txt")
+    if setting.dropout and not RIVALS[name].drops:
+        raise UserError(f"expected dropout 0 for {name}, which has none, got {setting.dropout:g}: choose 0")
+    options = {
+        "dim": nearest_width(name, parameters), "rate": setting.rate, "dropout": setting.dropout, "batch": BATCH,
+        "window": WINDOW, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "warm_up": WARM_UP, "least_rate": LEAST_RATE,
+        "clip": CLIP,
+    }  # fmt: skip
+    return Plan(options, functools.partial(Rival, name, options["dim"], setting))
 
 
 class Rival:
     """A rival in training: AdamW, warm-up and cosine by time, windows drawn at random, the faster of two dtypes."""
 
-    def __init__(self, name: str, parameters: int, rate: float, training: Region, seed: int) -> None:
-        dim = nearest_width(RIVALS[name], parameters)
+    def __init__(self, name: str, dim: int, setting: Setting, training: Region, seed: int) -> None:
         torch.manual_seed(seed)
-        self._model = RIVALS[name].build(dim)
+        self._model = RIVALS[name].build(dim, setting.dropout)
         self._bytes = training.read(0, len(training))
         self._places = np.random.default_rng(seed)
         self._dtype = self._faster_dtype()
         groups = [{"params": [p for p in self._model.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
                   {"params": [p for p in self._model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-        self._rate = rate
-        self._optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
+        self._rate = setting.rate
+        self._optimizer = torch.optim.AdamW(groups, lr=setting.rate, betas=BETAS, fused=True)
         self.carries = name == "gru"
         self.parameters = count(self._model)
-        self.told = {"shape": f"dim {dim}", "rate": rate, "batch": f"{BATCH} x {WINDOW}", "dtype": self._dtype}
+        self.told = {"shape": f"dim {dim}", "rate": setting.rate, "dropout": setting.dropout,
+                     "batch": f"{BATCH} x {WINDOW}", "dtype": self._dtype}  # fmt: skip
 
     def train_step(self, spent: float) -> int:
         """See Contestant."""
@@ -176,12 +198,13 @@ def rate_factor(spent: float) -> float:
     return LEAST_RATE + (1 - LEAST_RATE) * fallen
 
 
-def nearest_width(kind: Kind, parameters: int) -> int:
-    """The width whose number of parameters is nearest to `parameters`."""
+@functools.cache
+def nearest_width(name: str, parameters: int) -> int:
+    """The width with which the rival's number of parameters is nearest to `parameters`."""
     best, best_error = 0, math.inf
-    for width in itertools.count(kind.grain, kind.grain):
+    for width in itertools.count(RIVALS[name].grain, RIVALS[name].grain):
         with torch.device("meta"):
-            error = abs(count(kind.build(width)) - parameters)
+            error = abs(count(RIVALS[name].build(width, 0.0)) - parameters)
         if error >= best_error:
             return best
         best, best_error = width, error

@@ -55,8 +55,8 @@ def test_gelu_and_its_slope_are_as_near_as_float32_allows():
         layer.weight.fill_(1.0)
         layer.bias.zero_()
     own, exact = v.clone().requires_grad_(), v.double().requires_grad_()
-    for x, y in ((own, gelu_of(layer, own.unsqueeze(1))), (exact, F.gelu(exact))):
-        y.sum().backward()
+    for out in (gelu_of(layer, own.unsqueeze(1)), F.gelu(exact)):
+        out.sum().backward()
     found, expected = gelu_of(layer, v.unsqueeze(1)).squeeze(1).detach().double(), F.gelu(v.double())
     assert ((found - expected).abs() <= 2e-7 + 2e-7 * v.abs()).all()
     assert ((own.grad - exact.grad).abs() <= 1e-6).all()

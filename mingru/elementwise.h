@@ -25,7 +25,7 @@ static inline void store_bf16(bf16 *p, float v) {
 }
 
 /* 2^(a b) for a, b with |a b| <= 126, to about 1e-7 + 1e-8 |a b| relative where products and sums are fused, NaN for
- * NaN. a b = n + f with |f| <= 1/2, and 2^f by the polynomial of least relative error, 9e-8. Rounding to n by adding and
+ * NaN. a b = n + f with |f| <= 1/2, and 2^f by the polynomial of least relative error, 9e-8. Rounded to n by adding and
  * taking off 1.5 * 2^23. */
 static inline float exp2_of_product(float a, float b) {
     float shifted = a * b + 12582912.0f;
@@ -49,6 +49,16 @@ static inline float magnitude_to(float bound, float v) {
 
 /* exp(-|v|); from 87 on it stays as there, 2e-38. */
 static inline float exp_of_minus_magnitude(float v) { return exp2_of_product(magnitude_to(87.0f, v), -1.44269504f); }
+
+/* z = sigmoid(k), keep = sigmoid(-k) and low = sigmoid(-|x|): none by subtraction, which would lose digits of a small
+ * one, and all with one division. */
+static inline void gates(float x, float k, float *z, float *keep, float *low) {
+    float u = exp_of_minus_magnitude(k), w = exp_of_minus_magnitude(x);
+    float both = 1.0f / ((1.0f + u) * (1.0f + w)), large = both * (1.0f + w), small = u * large;
+    *z = k >= 0.0f ? large : small;
+    *keep = k >= 0.0f ? small : large;
+    *low = w * both * (1.0f + u);
+}
 
 /* The standard normal distribution's cumulative probability at v, and e = exp(-v^2 / 2), its density but for
  * 1 / sqrt(2 pi): 0 from |v| = 13 on. The tail beyond |v| is e times a smooth function of |v|: a polynomial in

@@ -16,19 +16,12 @@
 #define BLOCK 1024     /* most channels of a block: its float32 state is 4 KiB */
 #define LEAST_BLOCK 64 /* no finer: a block's row of float32 fills whole cache lines */
 
-/* The gate z = sigmoid(k), keep = sigmoid(-k) and low = sigmoid(-|x|), from u = exp(-|k|) and w = exp(-|x|): none by
- * subtraction, which would lose the digits of a small one, and all with one division. */
-#define GATES(x, k, z, keep, low)                                                                                      \
-    float u_ = exp_of_minus_magnitude(k), w_ = exp_of_minus_magnitude(x);                                              \
-    float both_ = 1.0f / ((1.0f + u_) * (1.0f + w_)), large_ = both_ * (1.0f + w_), small_ = u_ * large_;              \
-    float z = k >= 0.0f ? large_ : small_, keep = k >= 0.0f ? small_ : large_, low = w_ * both_ * (1.0f + u_);
-
 #define DEFINE(TYPE)                                                                                                   \
     static void forward_row_##TYPE(const TYPE *restrict x, const TYPE *restrict k, float alive, float *restrict state, \
                                    TYPE *restrict h, int64_t width) {                                                  \
         for (int64_t e = 0; e < width; e++) {                                                                          \
-            float xe = load_##TYPE(x + e), ke = load_##TYPE(k + e);                                                    \
-            GATES(xe, ke, z, keep, low)                                                                                \
+            float xe = load_##TYPE(x + e), z, keep, low;                                                               \
+            gates(xe, load_##TYPE(k + e), &z, &keep, &low);                                                            \
             float g = xe >= 0.0f ? xe + 0.5f : low;                                                                    \
             state[e] = keep * alive * state[e] + z * g;                                                                \
             store_##TYPE(h + e, state[e]);                                                                             \
@@ -39,8 +32,8 @@
                                     float alive, const float *restrict before, float *restrict carried,                \
                                     TYPE *restrict dx, TYPE *restrict dk, int64_t width) {                             \
         for (int64_t e = 0; e < width; e++) {                                                                          \
-            float xe = load_##TYPE(x + e), ke = load_##TYPE(k + e);                                                    \
-            GATES(xe, ke, z, keep, low)                                                                                \
+            float xe = load_##TYPE(x + e), z, keep, low;                                                               \
+            gates(xe, load_##TYPE(k + e), &z, &keep, &low);                                                            \
             float g = xe >= 0.0f ? xe + 0.5f : low, slope = xe >= 0.0f ? 1.0f : low * (1.0f - low);                    \
             float total = load_##TYPE(dh + e) + carried[e], through = total * z;                                       \
             carried[e] = total * keep * alive;                                                                         \

@@ -94,11 +94,6 @@ static void add(float *restrict x, const float *restrict branch, const float *re
         for (int64_t d = from; d < to; d++) x[n * s->D + d] += branch[n * s->D + d] + (bias ? bias[d] : 0.0f);
 }
 
-/* Ask for what is read soon: rows of bfloat16 are so short that the processor learns too late where each leads. */
-static inline void fetch(const void *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
-}
-
 /* Four rows at a time: four sums in flight hide the adder's latency, and x is read once for them. */
 static inline void dot4_float(const float *restrict w, int64_t stride, const float *restrict x, int64_t count,
                               float *restrict sums) {
@@ -154,8 +149,7 @@ static inline void dot4_bf16(const bf16 *restrict w, int64_t stride, const float
                              int64_t columns, int64_t N) {                                                             \
         for (int64_t r = from; r < to; r += 4) {                                                                       \
             const TYPE *w = (const TYPE *)matrix + r * columns;                                                        \
-            int64_t here = to - r < 4 ? to - r : 4, next = to - r - here < 4 ? to - r - here : 4;                      \
-            if (sizeof(TYPE) == 2) fetch(w + here * columns, next * columns * sizeof(TYPE));                           \
+            int64_t here = to - r < 4 ? to - r : 4;                                                                    \
             for (int64_t n = 0; n < N; n++) {                                                                          \
                 const float *own = x + n * columns;                                                                    \
                 float sums[4];                                                                                         \

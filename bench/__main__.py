@@ -95,6 +95,7 @@ def write(folder: Path, name: str, rows: list[Row], setting: Setting, seconds: f
     content = provenance("bench") | {
         "device": str(setting.device),
         "threads": torch.get_num_threads(),
+        "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
         "rounds": setting.rounds,
         "quick": setting.quick,
         "seconds": round(seconds, 1),

@@ -19,7 +19,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 
 _OWN_KEYS = ("rank", "incarnation", "life", "sequence", "world_size", "state")
-_MEMBER_KEYS = (*_OWN_KEYS, "address", "step", "fitness")
+_MEMBER_KEYS = frozenset((*_OWN_KEYS, "address", "step", "fitness"))
 
 
 class RankReplaced(UserError):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gossip.protocol import MERGE_METHODS
 from gossip.state import Rule, Schema
+from gossip.state_native import can_merge, merge_piece
 
-PIECE_ITEMS = 64 * 1024  # merged at a time: the passes over a piece find it in the cache
+PIECE_ITEMS = 1024 * 1024  # merged at a time
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,14 @@ def merge(
     with contextlib.ExitStack() as undoing:  # whatever the error is
         undoing.callback(_undo, done)
         for rule, now, theirs, mine in _pieces(schema, live, peer, own):
-            arrived = theirs.to(now.device)
-            base = now if mine is None or rule is Rule.SECOND_MOMENT else mine.to(now.device)
-            change = arrived - base
-            if rule is Rule.WEIGHT:
-                apart, size = apart + _energy(change), size + _energy(now)
-            arrived = arrived.clone() if method == "clonal" and arrived is theirs else arrived
-            theirs.copy_(now)
-            done.append((now, theirs))
-            if method == "clonal":
-                now.copy_(arrived)
+            base = None if rule is Rule.SECOND_MOMENT else mine
+            if can_merge(now, theirs, base):
+                far, large = merge_piece(now, theirs, base, share, method == "clonal")
+                done.append((now, theirs))
             else:
-                now.add_(change, alpha=share)
+                far, large = _merge_piece(now, theirs, base, share, method == "clonal", done)
+            if rule is Rule.WEIGHT:
+                apart, size = apart + far, size + large
         undoing.pop_all()
     return math.sqrt(apart / size) if size > 0 else math.inf
 
@@ -115,6 +112,23 @@ def weight_norm(live: Mapping[str, Tensor], schema: Schema) -> float:
     wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in weights]
     norms = [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in zip(weights, wide, strict=True)]
     return math.hypot(*(float(norm) for norm in norms))
+
+
+def _merge_piece(
+    now: Tensor, theirs: Tensor, base: Tensor | None, share: float, whole: bool, done: list[tuple[Tensor, Tensor]]
+) -> tuple[float, float]:
+    """merge_piece() by torch, of any dtypes and devices; in `done` from when `theirs` holds what is overwritten."""
+    arrived = theirs.to(now.device)
+    change = arrived - (now if base is None else base.to(now.device))
+    energies = _energy(change), _energy(now)
+    arrived = arrived.clone() if whole and arrived is theirs else arrived
+    theirs.copy_(now)
+    done.append((now, theirs))
+    if whole:
+        now.copy_(arrived)
+    else:
+        now.add_(change, alpha=share)
+    return energies
 
 
 def _energy(values: Tensor) -> float:

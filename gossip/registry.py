@@ -81,13 +81,15 @@ def _load(content: bytes) -> dict:
 
 def _finite_number(text: str) -> float:
     value = float(text)
-    _expect(math.isfinite(value), "finite numbers")
+    if not math.isfinite(value):  # called for every number of a thousand ranks: a call within it would be felt
+        raise ValueError("expected finite numbers")
     return value
 
 
 def _whole_number(text: str) -> int:
     value = int(text)
-    _expect(abs(value) < 2**63, "whole numbers of 64 bits")
+    if not -(2**63) < value < 2**63:
+        raise ValueError("expected whole numbers of 64 bits")
     return value
 
 

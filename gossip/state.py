@@ -15,6 +15,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from gossip import state_native
 from gossip.faults import Fault
 from gossip.protocol import VERSION, canonical_json
 
@@ -165,7 +166,7 @@ def payload_fault(schema: Schema, start: int, piece: memoryview) -> Fault | None
     """What is wrong with the values in `piece`, the bytes of a payload from `start` (both multiples of 64) on.
 
     NOT_FINITE for NaN, infinity or a magnitude beyond 1e30, from which a merge could overflow to it;
-    NEGATIVE_SECOND_MOMENT; else None. numpy alone, so that any thread may call it.
+    NEGATIVE_SECOND_MOMENT; else None. Starts no threads, so that any thread may call it.
     """
     stop = start + len(piece)
     for span in schema.spans:
@@ -174,7 +175,8 @@ def payload_fault(schema: Schema, start: int, piece: memoryview) -> Fault | None
             continue
         values = _values(piece[first - start : last - start], span.dtype)
         # Both extremes carry a NaN along, and need no array of flags.
-        lowest, highest = float(values.min()), float(values.max())
+        in_c = values.dtype == np.float32 and state_native.kernels() is not None
+        lowest, highest = state_native.extremes(values) if in_c else (float(values.min()), float(values.max()))
         if not (lowest >= -_LARGEST and highest <= _LARGEST):
             return Fault.NOT_FINITE
         if span.rule is Rule.SECOND_MOMENT and lowest < 0:
@@ -192,8 +194,10 @@ def weight_energy(schema: Schema, start: int, piece: memoryview) -> float:
         first, last = max(start, span.start), min(stop, span.stop)
         if first < last and span.rule is Rule.WEIGHT:
             values = _values(piece[first - start : last - start], span.dtype)
-            # Not numpy.dot: it may start threads of its own, beside those that train.
-            total += float(np.einsum("i,i->", values, values, dtype=np.promote_types(values.dtype, np.float32)))
+            if values.dtype == np.float32 and state_native.kernels() is not None:
+                total += state_native.energy(values)
+            else:  # not numpy.dot: it may start threads of its own, beside those that train
+                total += float(np.einsum("i,i->", values, values, dtype=np.promote_types(values.dtype, np.float32)))
     return total
 
 

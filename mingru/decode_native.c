@@ -1,15 +1,15 @@
 /* One decoding step of the whole language model for a few lanes: every weight is read once, nothing else of size is.
  *
- * N lanes, D width, E inner width, F width of the feed-forward (0: none), K taps of the convolution (0: none), V tokens.
+ * N lanes, D width, E inner width, F width of the feed-forward (0: none), K taps of the convolution (0: none), V
+ * tokens.
  * Matrices are float32 or bfloat16, (rows, columns) and contiguous; vectors and all activations are float32.
- * The threads of one parallel region share the rows of each matrix and meet at barriers between the phases.
+ * The threads of one parallel region share the rows of each matrix and meet at barriers between the phases: what a
+ * phase needs of one vector each thread computes for itself where that is less work than a barrier.
  */
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
-#include <string.h>
 
-typedef uint16_t bf16;
+#include "elementwise.h"
 
 typedef struct {
     const float *taps, *taps_bias;     /* (K, D) oldest first, (D) */
@@ -29,14 +29,6 @@ typedef struct {
     float epsilon; /* of the normalisations */
 } Shape;
 
-static inline float value_float(const float *p) { return *p; }
-static inline float value_bf16(const bf16 *p) {
-    uint32_t bits = (uint32_t)*p << 16;
-    float v;
-    memcpy(&v, &bits, 4);
-    return v;
-}
-
 static inline void share(int64_t count, int64_t grain, int64_t *from, int64_t *to) {
     int64_t grains = (count + grain - 1) / grain, threads = omp_get_num_threads(), me = omp_get_thread_num();
     *from = grains * me / threads * grain;
@@ -44,20 +36,15 @@ static inline void share(int64_t count, int64_t grain, int64_t *from, int64_t *t
     if (*to > count) *to = count;
 }
 
-static inline float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
-static inline float gelu(float v) { return 0.5f * v * (1.0f + erff(v * 0.70710678f)); }
-
-/* This thread's share of normal = x / rms(x) * weight. */
-static void normalise(const float *x, const float *weight, float *normal, const Shape *s) {
-    int64_t from, to;
-    share(s->D, 16, &from, &to);
+/* normal (N, D) = x / rms(x) * weight, all of it. */
+static void normalise(const float *restrict x, const float *restrict weight, float *restrict normal, const Shape *s) {
     for (int64_t n = 0; n < s->N; n++) {
         const float *row = x + n * s->D;
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int64_t d = 0; d < s->D; d++) sum += row[d] * row[d];
         float scale = 1.0f / sqrtf(sum / s->D + s->epsilon);
-        for (int64_t d = from; d < to; d++) normal[n * s->D + d] = row[d] * scale * weight[d];
+        for (int64_t d = 0; d < s->D; d++) normal[n * s->D + d] = row[d] * scale * weight[d];
     }
 }
 
@@ -78,96 +65,149 @@ static void convolve(const Layer *layer, const float *x, float *past, float *mix
     }
 }
 
-/* Ask for what is read soon: rows of bfloat16 are so short that the processor learns too late where each leads. */
-static inline void fetch(const void *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+/* The state's units from ... to move on by one step; projected (N, 2E): candidates, then gates. */
+static void recur(const float *projected, float *hidden, int64_t from, int64_t to, const Shape *s) {
+    for (int64_t n = 0; n < s->N; n++) {
+        const float *restrict candidate = projected + n * 2 * s->E, *restrict gate = candidate + s->E;
+        float *restrict h = hidden + n * s->E;
+        for (int64_t e = from; e < to; e++) {
+            float z, keep, low;
+            gates(candidate[e], gate[e], &z, &keep, &low);
+            h[e] = keep * h[e] + z * (candidate[e] >= 0.0f ? candidate[e] + 0.5f : low);
+        }
+    }
+}
+
+/* wide = gelu(wide + bias) in the rows from ... to of N vectors. */
+static void through_gelu(float *restrict wide, const float *restrict bias, int64_t from, int64_t to, const Shape *s) {
+    for (int64_t n = 0; n < s->N; n++)
+        for (int64_t f = from; f < to; f++) {
+            float v = wide[n * s->F + f] + bias[f], e;
+            wide[n * s->F + f] = v * normal_cdf(v, &e);
+        }
+}
+
+/* x += branch + bias (NULL: none) in the rows from ... to of N vectors. */
+static void add(float *restrict x, const float *restrict branch, const float *restrict bias, int64_t from, int64_t to,
+                const Shape *s) {
+    for (int64_t n = 0; n < s->N; n++)
+        for (int64_t d = from; d < to; d++) x[n * s->D + d] += branch[n * s->D + d] + (bias ? bias[d] : 0.0f);
 }
 
 /* Four rows at a time: four sums in flight hide the adder's latency, and x is read once for them. */
+static inline void dot4_float(const float *restrict w, int64_t stride, const float *restrict x, int64_t count,
+                              float *restrict sums) {
+    const float *wb = w + stride, *wc = wb + stride, *wd = wc + stride;
+    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d)
+    for (int64_t i = 0; i < count; i++) {
+        a += w[i] * x[i];
+        b += wb[i] * x[i];
+        c += wc[i] * x[i];
+        d += wd[i] * x[i];
+    }
+    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+}
+
+/* sum plus two neighbours' products: each becomes a float32 in the 32-bit word of both, by a shift and by a mask. */
+static inline float add_pair(float sum, const bf16 *p, float even, float odd) {
+    uint32_t both, first, second;
+    memcpy(&both, p, 4);
+    first = both << 16, second = both & 0xffff0000u;
+    float a, b;
+    memcpy(&a, &first, 4);
+    memcpy(&b, &second, 4);
+    return sum + a * even + b * odd;
+}
+
+static inline void dot4_bf16(const bf16 *restrict w, int64_t stride, const float *restrict x, int64_t count,
+                             float *restrict sums) {
+    const bf16 *wb = w + stride, *wc = wb + stride, *wd = wc + stride;
+    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d)
+    for (int64_t i = 0; i < count / 2; i++) {
+        float even = x[2 * i], odd = x[2 * i + 1];
+        a = add_pair(a, w + 2 * i, even, odd);
+        b = add_pair(b, wb + 2 * i, even, odd);
+        c = add_pair(c, wc + 2 * i, even, odd);
+        d = add_pair(d, wd + 2 * i, even, odd);
+    }
+    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+    if (count % 2)
+        for (int64_t i = 0; i < 4; i++) sums[i] += load_bf16(w + i * stride + count - 1) * x[count - 1];
+}
+
 #define DEFINE(TYPE)                                                                                                   \
-    static inline void dot4_##TYPE(const TYPE *restrict w, int64_t stride, const float *restrict x, int64_t count,     \
-                                   float *restrict sums) {                                                             \
-        float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;                                                                  \
-        const TYPE *wb = w + stride, *wc = wb + stride, *wd = wc + stride;                                             \
-        _Pragma("omp simd reduction(+ : a, b, c, d)") for (int64_t i = 0; i < count; i++) {                            \
-            a += value_##TYPE(w + i) * x[i];                                                                           \
-            b += value_##TYPE(wb + i) * x[i];                                                                          \
-            c += value_##TYPE(wc + i) * x[i];                                                                          \
-            d += value_##TYPE(wd + i) * x[i];                                                                          \
-        }                                                                                                              \
-        sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;                                                            \
-    }                                                                                                                  \
     static inline float dot_##TYPE(const TYPE *restrict w, const float *restrict x, int64_t count) {                   \
         float sum = 0.0f;                                                                                              \
-        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < count; i++) sum += value_##TYPE(w + i) * x[i];  \
+        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < count; i++) sum += load_##TYPE(w + i) * x[i];   \
         return sum;                                                                                                    \
     }                                                                                                                  \
                                                                                                                        \
-    /* This thread's share of out (N, rows) = matrix x + bias, through gelu if asked, added to what is there if so. */ \
-    static void apply_##TYPE(const void *matrix, const float *bias, const float *x, float *out, int64_t rows,          \
-                             int64_t columns, int64_t N, int through_gelu, int add) {                                  \
-        int64_t from, to;                                                                                              \
-        share(rows, 4, &from, &to);                                                                                    \
+    /* The rows from ... to of out (N, rows) = matrix x; x is (N, columns). */                                         \
+    static void apply_##TYPE(const void *matrix, const float *x, float *out, int64_t from, int64_t to, int64_t rows,   \
+                             int64_t columns, int64_t N) {                                                             \
         for (int64_t r = from; r < to; r += 4) {                                                                       \
             const TYPE *w = (const TYPE *)matrix + r * columns;                                                        \
-            int64_t here = to - r < 4 ? to - r : 4, next = to - r - here < 4 ? to - r - here : 4;                      \
-            if (sizeof(TYPE) == 2) fetch(w + here * columns, next * columns * sizeof(TYPE));                           \
+            int64_t here = to - r < 4 ? to - r : 4;                                                                    \
             for (int64_t n = 0; n < N; n++) {                                                                          \
+                const float *own = x + n * columns;                                                                    \
                 float sums[4];                                                                                         \
                 if (here == 4)                                                                                         \
-                    dot4_##TYPE(w, columns, x + n * columns, columns, sums);                                           \
+                    dot4_##TYPE(w, columns, own, columns, sums);                                                       \
                 else                                                                                                   \
-                    for (int64_t i = 0; i < here; i++) sums[i] = dot_##TYPE(w + i * columns, x + n * columns, columns); \
-                for (int64_t i = 0; i < here; i++) {                                                                   \
-                    float v = sums[i] + (bias ? bias[r + i] : 0.0f), *o = out + n * rows + r + i;                      \
-                    v = through_gelu ? gelu(v) : v;                                                                    \
-                    *o = add ? *o + v : v;                                                                             \
-                }                                                                                                      \
+                    for (int64_t i = 0; i < here; i++) sums[i] = dot_##TYPE(w + i * columns, own, columns);            \
+                for (int64_t i = 0; i < here; i++) out[n * rows + r + i] = sums[i];                                    \
             }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
     /* hidden (layers, N, E) and past (layers, N, K - 1, D) move on by one step; logits (N, V).                        \
-       scratch: N * (2D + 2E + F) floats. ids: tokens below the embedding's rows. */                                   \
+       scratch: N * (3D + 2E + F + D threads) floats. ids: tokens below the embedding's rows. */                       \
     void decode_step_##TYPE(const Shape *s, const Layer *layers, const float *embedding, const float *last_norm,       \
                             const void *to_logits, const int64_t *ids, float *hidden, float *past, float *logits,      \
-                            float *scratch) {                                                                          \
+                            float *scratch, int64_t threads) {                                                         \
         int64_t N = s->N, D = s->D, E = s->E, F = s->F;                                                                \
-        float *x = scratch, *normal = x + N * D, *projected = normal + N * D, *wide = projected + N * 2 * E;           \
+        float *x = scratch, *mixed = x + N * D, *branch = mixed + N * D, *projected = branch + N * D;                  \
+        float *wide = projected + N * 2 * E, *normals = wide + N * F;                                                  \
         for (int64_t n = 0; n < N; n++) memcpy(x + n * D, embedding + ids[n] * D, D * sizeof(float));                  \
-        _Pragma("omp parallel") for (int64_t l = 0; l < s->layers; l++) {                                              \
-            const Layer *layer = layers + l;                                                                           \
+        _Pragma("omp parallel num_threads(threads)") {                                                                 \
+            float *normal = normals + omp_get_thread_num() * N * D;                                                    \
             int64_t from, to;                                                                                          \
-            if (s->K) {                                                                                                \
-                convolve(layer, x, past + l * N * (s->K - 1) * D, normal, s);                                          \
-                _Pragma("omp barrier") apply_##TYPE(layer->pointwise, layer->pointwise_bias, normal, x, D, D, N, 0, 1); \
-                _Pragma("omp barrier")                                                                                 \
-            }                                                                                                          \
-            normalise(x, layer->norm, normal, s);                                                                      \
-            _Pragma("omp barrier") apply_##TYPE(layer->hidden_and_gate, 0, normal, projected, 2 * E, D, N, 0, 0);      \
-            _Pragma("omp barrier") share(E, 16, &from, &to);                                                           \
-            for (int64_t n = 0; n < N; n++) {                                                                          \
-                float *h = hidden + (l * N + n) * E, *candidate = projected + n * 2 * E, *gate = candidate + E;        \
-                for (int64_t e = from; e < to; e++) {                                                                  \
-                    float g = candidate[e] >= 0.0f ? candidate[e] + 0.5f : sigmoid(candidate[e]);                      \
-                    h[e] = sigmoid(-gate[e]) * h[e] + sigmoid(gate[e]) * g;                                            \
-                    if (!layer->out) x[n * D + e] += h[e];                                                             \
+            for (const Layer *layer = layers; layer < layers + s->layers; layer++) {                                   \
+                float *h = hidden + (layer - layers) * N * E;                                                          \
+                if (s->K) {                                                                                            \
+                    convolve(layer, x, past + (layer - layers) * N * (s->K - 1) * D, mixed, s);                        \
+                    share(D, 4, &from, &to);                                                                           \
+                    _Pragma("omp barrier") apply_##TYPE(layer->pointwise, mixed, branch, from, to, D, D, N);           \
+                    add(x, branch, layer->pointwise_bias, from, to, s);                                                \
+                    _Pragma("omp barrier")                                                                             \
+                }                                                                                                      \
+                normalise(x, layer->norm, normal, s);                                                                  \
+                share(E, 16, &from, &to);                                                                              \
+                apply_##TYPE(layer->hidden_and_gate, normal, projected, from, to, 2 * E, D, N);                        \
+                apply_##TYPE(layer->hidden_and_gate, normal, projected, E + from, E + to, 2 * E, D, N);                \
+                recur(projected, h, from, to, s);                                                                      \
+                _Pragma("omp barrier") if (layer->out) {                                                               \
+                    share(D, 4, &from, &to);                                                                           \
+                    apply_##TYPE(layer->out, h, branch, from, to, D, E, N);                                            \
+                    add(x, branch, 0, from, to, s);                                                                    \
+                }                                                                                                      \
+                else add(x, h, 0, from, to, s);                                                                        \
+                _Pragma("omp barrier") if (F) {                                                                        \
+                    normalise(x, layer->ff_norm, normal, s);                                                           \
+                    share(F, 16, &from, &to);                                                                          \
+                    apply_##TYPE(layer->up, normal, wide, from, to, F, D, N);                                          \
+                    through_gelu(wide, layer->up_bias, from, to, s);                                                   \
+                    share(D, 4, &from, &to);                                                                           \
+                    _Pragma("omp barrier") apply_##TYPE(layer->down, wide, branch, from, to, D, F, N);                 \
+                    add(x, branch, layer->down_bias, from, to, s);                                                     \
+                    _Pragma("omp barrier")                                                                             \
                 }                                                                                                      \
             }                                                                                                          \
-            _Pragma("omp barrier") if (layer->out) {                                                                   \
-                apply_##TYPE(layer->out, 0, hidden + l * N * E, x, D, E, N, 0, 1);                                     \
-                _Pragma("omp barrier")                                                                                 \
-            }                                                                                                          \
-            if (F) {                                                                                                   \
-                normalise(x, layer->ff_norm, normal, s);                                                               \
-                _Pragma("omp barrier") apply_##TYPE(layer->up, layer->up_bias, normal, wide, F, D, N, 1, 0);           \
-                _Pragma("omp barrier") apply_##TYPE(layer->down, layer->down_bias, wide, x, D, F, N, 0, 1);            \
-                _Pragma("omp barrier")                                                                                 \
-            }                                                                                                          \
-            if (l + 1 == s->layers) {                                                                                  \
-                normalise(x, last_norm, normal, s);                                                                    \
-                _Pragma("omp barrier") apply_##TYPE(to_logits, 0, normal, logits, s->V, D, N, 0, 0);                   \
-            }                                                                                                          \
+            normalise(x, last_norm, normal, s);                                                                        \
+            share(s->V, 4, &from, &to);                                                                                \
+            apply_##TYPE(to_logits, normal, logits, from, to, s->V, D, N);                                             \
         }                                                                                                              \
     }
 

@@ -41,7 +41,7 @@ def kernels() -> CDLL | None:
         return None
     for suffix in _SUFFIXES.values():
         step = getattr(library, f"decode_step_{suffix}")
-        step.argtypes, step.restype = [POINTER(_Shape), POINTER(_Layer)] + [c_void_p] * 8, None
+        step.argtypes, step.restype = [POINTER(_Shape), POINTER(_Layer)] + [c_void_p] * 8 + [c_int64], None
     return library
 
 
@@ -86,12 +86,13 @@ class Decoder:
         N, D, E, F = len(ids_N), config.dim, config.dim_inner, config.dim_ff
         shape = _Shape(N, D, E, F, config.conv_kernel_size or 0, config.num_tokens, config.depth, EPSILON)
         logits_NV = torch.empty(N, config.num_tokens)
-        scratch = torch.empty(N * (2 * D + 2 * E + F))
+        threads = torch.get_num_threads()
+        scratch = torch.empty(N * (3 * D + 2 * E + F + D * threads))
         step = getattr(kernels(), f"decode_step_{_SUFFIXES[self._model.token_emb.weight.dtype]}")
         step(
             byref(shape), self._layers, self._embedding, self._norm, _address(self._model.to_logits.weight),
             ids_N.data_ptr(), hidden_LNE.data_ptr(), _address(past_LNSD), logits_NV.data_ptr(),
-            scratch.data_ptr(),
+            scratch.data_ptr(), threads,
         )  # fmt: skip
         return logits_NV, MinLMState(hidden_LNE, past_LNSD)
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mingru.conv import CausalConv, Reach, reach
 from mingru.dropout import dropout
+from mingru.gelu import gelu_of
 from mingru.minGRU import minGRU
 from mingru.norm import RMSNorm
 from runtime.errors import UserError
@@ -111,7 +112,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(dim_ff, dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BTD)))
+        return self.down(gelu_of(self.up, x_BTD))
 
 
 class Block(nn.Module):

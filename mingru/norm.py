@@ -13,6 +13,7 @@ from runtime.native import NativeUnavailable, load_kernels
 from runtime.stderr import say
 
 EPSILON = torch.finfo(torch.float32).eps  # the one torch.nn.RMSNorm takes for float32
+_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 @functools.cache
@@ -23,9 +24,10 @@ def kernels() -> CDLL | None:
     except NativeUnavailable as error:
         say(f"warning: normalisation runs without its C kernel, some three times slower: {error}")
         return None
-    library.norm_forward.argtypes = [c_void_p] * 4 + [c_int64] * 2 + [c_float]
-    library.norm_backward.argtypes = [c_void_p] * 6 + [c_int64] * 3
-    library.norm_forward.restype = library.norm_backward.restype = None
+    for suffix in _SUFFIXES.values():
+        forward, backward = (getattr(library, f"norm_{name}_{suffix}") for name in ("forward", "backward"))
+        forward.argtypes, forward.restype = [c_void_p] * 4 + [c_int64] * 2 + [c_float], None
+        backward.argtypes, backward.restype = [c_void_p] * 6 + [c_int64] * 3, None
     return library
 
 
@@ -42,32 +44,40 @@ class RMSNorm(nn.Module):
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)  # sums of squares need it
         # A compiler fuses the plain formula by itself, and could not look into the kernels.
         native = dtype == torch.float32 and not torch.compiler.is_compiling() and kernels() is not None
-        norm = _NativeRMSNorm if native else _RMSNorm
-        return norm.apply(x_BTD.to(dtype), self.weight.to(dtype)).to(x_BTD.dtype)
+        if native and (out := _output_dtype(x_BTD)) in _SUFFIXES:
+            return _NativeRMSNorm.apply(x_BTD.to(dtype), self.weight.to(dtype), out)
+        return _RMSNorm.apply(x_BTD.to(dtype), self.weight.to(dtype)).to(x_BTD.dtype)
+
+
+def _output_dtype(x_BTD: Tensor) -> torch.dtype:
+    """Under autocast that of the matrix products, which would round the output to it."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BTD.dtype
 
 
 class _NativeRMSNorm(torch.autograd.Function):
-    """By the C kernels: float32 on a CPU."""
+    """By the C kernels: from float32 to float32 or bfloat16 on a CPU."""
 
     @staticmethod
-    def forward(ctx, x_BTD: Tensor, weight_D: Tensor) -> Tensor:
+    def forward(ctx, x_BTD: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
         x_BTD, weight_D = x_BTD.contiguous(), weight_D.contiguous()
-        out_BTD, scale_BT = torch.empty_like(x_BTD), x_BTD.new_empty(x_BTD.shape[:-1])
+        out_BTD, scale_BT = torch.empty_like(x_BTD, dtype=dtype), x_BTD.new_empty(x_BTD.shape[:-1])
         addresses = (tensor.data_ptr() for tensor in (x_BTD, weight_D, out_BTD, scale_BT))
-        kernels().norm_forward(*addresses, scale_BT.numel(), len(weight_D), EPSILON)
+        kernel = getattr(kernels(), f"norm_forward_{_SUFFIXES[dtype]}")
+        kernel(*addresses, scale_BT.numel(), len(weight_D), EPSILON)
         ctx.save_for_backward(x_BTD, weight_D, scale_BT)
         return out_BTD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None]:
         x_BTD, weight_D, scale_BT = ctx.saved_tensors
         grad_BTD, threads = grad_BTD.contiguous(), torch.get_num_threads()
         grad_x_BTD, partial_ND = torch.empty_like(x_BTD), x_BTD.new_zeros(threads, len(weight_D))
         tensors = (grad_BTD, x_BTD, weight_D, scale_BT, grad_x_BTD, partial_ND)
         addresses = (tensor.data_ptr() for tensor in tensors)
-        kernels().norm_backward(*addresses, scale_BT.numel(), len(weight_D), threads)
-        return grad_x_BTD, partial_ND.sum(dim=0)
+        kernel = getattr(kernels(), f"norm_backward_{_SUFFIXES[grad_BTD.dtype]}")
+        kernel(*addresses, scale_BT.numel(), len(weight_D), threads)
+        return grad_x_BTD, partial_ND.sum(dim=0), None
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -9,67 +9,22 @@
  * A reset at t makes keep_t and h_{t-1} zero there.
  *
  * Threads share lanes and blocks of channels; a thread walks through time with the block's state in its first-level
- * cache, and the compiler vectorises over the block's channels. All arrays are contiguous. exp() is written out so that
- * it vectorises without -ffast-math, which would give up NaN and infinity.
+ * cache, and the compiler vectorises over the block's channels. All arrays are contiguous.
  */
-#include <stdint.h>
-#include <string.h>
+#include "elementwise.h"
 
 #define BLOCK 1024     /* most channels of a block: its float32 state is 4 KiB */
 #define LEAST_BLOCK 64 /* no finer: a block's row of float32 fills whole cache lines */
 
-typedef uint16_t bf16;
-
-static inline float load_f32(const float *p) { return *p; }
-static inline void store_f32(float *p, float v) { *p = v; }
-
-static inline float load_bf16(const bf16 *p) {
-    uint32_t bits = (uint32_t)*p << 16;
-    float v;
-    memcpy(&v, &bits, 4);
-    return v;
-}
-
-/* To nearest, ties to even, as torch rounds; a NaN stays one. */
-static inline void store_bf16(bf16 *p, float v) {
-    uint32_t bits;
-    memcpy(&bits, &v, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *p = (bf16)(v != v ? 0x7fc0 : rounded);
-}
-
-/* exp(-|v|) to about 1e-7 relative, 0 from 87 on, NaN for NaN. exp(-|v|) = 2^n e^r with |r| <= ln(2) / 2, and e^r by
- * its Taylor polynomial. Rounding to n by adding and taking off 1.5 * 2^23. */
-static inline float exp_of_minus_magnitude(float v) {
-    float magnitude = __builtin_fabsf(v);
-    float a = magnitude > 87.0f ? -87.0f : -magnitude;
-    float shifted = a * 1.44269504f + 12582912.0f;
-    float n = shifted - 12582912.0f;
-    float r = (a - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: the first one's product is exact */
-    float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f + r * (0.00138888889f + r * 1.98412698e-4f))))));
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    uint32_t scale_bits = (bits << 23) + 0x3f800000u; /* the low bits of `shifted` are n */
-    float scale;
-    memcpy(&scale, &scale_bits, 4);
-    return magnitude > 87.0f ? 0.0f : p * scale;
-}
-
-/* The gate z = sigmoid(k) and keep = sigmoid(-k), from u = exp(-|k|): neither by subtraction, which would lose the
- * digits of a small one. */
-#define GATES(k, z, keep)                                                                                              \
-    float u_ = exp_of_minus_magnitude(k), large_ = 1.0f / (1.0f + u_), small_ = u_ * large_;                           \
-    float z = k >= 0.0f ? large_ : small_, keep = k >= 0.0f ? small_ : large_;
-
-#define DEFINE(TYPE, LOAD, STORE)                                                                                      \
+#define DEFINE(TYPE)                                                                                                   \
     static void forward_row_##TYPE(const TYPE *restrict x, const TYPE *restrict k, float alive, float *restrict state, \
                                    TYPE *restrict h, int64_t width) {                                                  \
         for (int64_t e = 0; e < width; e++) {                                                                          \
-            float xe = LOAD(x + e), ke = LOAD(k + e), w = exp_of_minus_magnitude(xe);                                  \
-            GATES(ke, z, keep)                                                                                         \
-            float g = xe >= 0.0f ? xe + 0.5f : w / (1.0f + w);                                                         \
+            float xe = load_##TYPE(x + e), z, keep, low;                                                               \
+            gates(xe, load_##TYPE(k + e), &z, &keep, &low);                                                            \
+            float g = xe >= 0.0f ? xe + 0.5f : low;                                                                    \
             state[e] = keep * alive * state[e] + z * g;                                                                \
-            STORE(h + e, state[e]);                                                                                    \
+            store_##TYPE(h + e, state[e]);                                                                             \
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
@@ -77,14 +32,13 @@ static inline float exp_of_minus_magnitude(float v) {
                                     float alive, const float *restrict before, float *restrict carried,                \
                                     TYPE *restrict dx, TYPE *restrict dk, int64_t width) {                             \
         for (int64_t e = 0; e < width; e++) {                                                                          \
-            float xe = LOAD(x + e), ke = LOAD(k + e), w = exp_of_minus_magnitude(xe);                                  \
-            GATES(ke, z, keep)                                                                                         \
-            float low = w / (1.0f + w);                                                                                \
+            float xe = load_##TYPE(x + e), z, keep, low;                                                               \
+            gates(xe, load_##TYPE(k + e), &z, &keep, &low);                                                            \
             float g = xe >= 0.0f ? xe + 0.5f : low, slope = xe >= 0.0f ? 1.0f : low * (1.0f - low);                    \
-            float total = LOAD(dh + e) + carried[e], through = total * z;                                              \
+            float total = load_##TYPE(dh + e) + carried[e], through = total * z;                                       \
             carried[e] = total * keep * alive;                                                                         \
-            STORE(dx + e, through * slope);                                                                            \
-            STORE(dk + e, through * keep * (g - alive * before[e]));                                                   \
+            store_##TYPE(dx + e, through * slope);                                                                     \
+            store_##TYPE(dk + e, through * keep * (g - alive * before[e]));                                            \
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
@@ -122,7 +76,7 @@ static inline float exp_of_minus_magnitude(float v) {
                     TYPE *dx = grad_projected + row * 2 * E + e;                                                       \
                     float alive = reset && reset[row] ? 0.0f : 1.0f;                                                   \
                     for (int64_t c = 0; c < width; c++)                                                                \
-                        before[c] = t ? LOAD(h + (row - 1) * E + e + c) : first ? first[b * E + e + c] : 0.0f;         \
+                        before[c] = t ? load_##TYPE(h + (row - 1) * E + e + c) : first ? first[b * E + e + c] : 0.0f;  \
                     backward_row_##TYPE(dh + row * E + e, x, x + E, alive, before, carried, dx, dx + E, width);        \
                 }                                                                                                      \
                 memcpy(grad_first + b * E + e, carried, width * sizeof(float));                                        \
@@ -130,8 +84,8 @@ static inline float exp_of_minus_magnitude(float v) {
         }                                                                                                              \
     }
 
-DEFINE(float, load_f32, store_f32)
-DEFINE(bf16, load_bf16, store_bf16)
+DEFINE(float)
+DEFINE(bf16)
 
 /* Channels of a block, such that `threads` threads have about equal work. */
 int64_t scan_block(int64_t B, int64_t E, int64_t threads) {

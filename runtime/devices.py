@@ -1,10 +1,13 @@
 """Which device a rank computes on, and how much memory it has."""
 
 import os
+from pathlib import Path
 
 import torch
 
 from runtime.errors import UserError
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def choose_device(cuda: bool = False, rocm: bool = False, cpu: bool = False, local_rank: int = 0) -> torch.device:
@@ -43,3 +46,16 @@ def device_memory_bytes(device: torch.device) -> int:
     except OSError:  # no cgroup v2 on this host: the host's memory is the only limit
         return host
     return min(host, int(limit)) if limit.isdigit() else host
+
+
+def has_bf16_tiles() -> bool:
+    """Whether this host's processor multiplies matrices of bfloat16 in tiles (AMX), several times as fast as float32.
+
+    Other processors' bfloat16 instructions may be slower than float32's. torch reaches the tiles through oneDNN.
+    """
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:  # no Linux
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return "amx_bf16" in flags.split() and torch.backends.mkldnn.is_available()

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mingru.minLM import MinLM, ModelConfig
+from runtime import devices
 from runtime.errors import UserError
 from training import computation
 from training.checkpoint import list_checkpoints, read_own_checkpoint
@@ -68,9 +69,28 @@ def test_the_model_compiles_without_a_graph_break():
     assert list(model.state_dict()) == list(small_model().state_dict())
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile", torch.bfloat16),
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_tile amx_int8", torch.float32),
+        ("Features\t: fp asimd bf16", torch.float32),
+        (None, torch.float32),
+    ],
+    ids=["with AMX", "without AMX", "another architecture", "no list of processors"],
+)
+def test_auto_is_bfloat16_on_a_processor_with_tiles_for_it(tmp_path, monkeypatch, flags, expected):
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        devices.CPUINFO.write_text(f"processor\t: 0\nmodel name\t: amx_bf16 by name only\n{flags}\nbogomips\t: 1\n")
+    assert choose_dtype("auto", CPU) == expected
+    assert choose_dtype("bf16", CPU) == torch.bfloat16 and choose_dtype("fp32", CPU) == torch.float32
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert choose_dtype("auto", CPU) == torch.float32
+
+
 def test_a_device_that_lacks_something_is_found_out_before_the_run(monkeypatch):
     gpu = torch.device("cuda")
-    assert choose_dtype("auto", CPU) == torch.float32 and choose_dtype("bf16", CPU) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(computation, "_name", lambda device: "Old GPU")
     assert choose_dtype("auto", gpu) == torch.float32

@@ -7,6 +7,7 @@ import torch
 
 from bench.injection import Injection
 from gossip import merge as merge_module
+from gossip import state_native
 from gossip.merge import merge, merge_judged, swap, weight_norm
 from gossip.state import Rule, Schema, StateBuffer
 
@@ -215,3 +216,50 @@ def test_weight_norm_is_of_the_weights_alone(dtype):
     rules = {"y": Rule.WEIGHT, "z": Rule.WEIGHT, "v": Rule.SECOND_MOMENT}
     expected = math.sqrt(sum(float(live[name].detach().double().square().sum()) for name in "yz"))
     assert weight_norm(live, Schema.of(live, rules, {})) == pytest.approx(expected, rel=1e-5)
+
+
+def outcome(method, share_own, seeds=(1, 2, 3)):
+    """What a merge of float32 states leaves in both, and its distance."""
+    live, own, peer = (state(seed) for seed in seeds)
+    views = buffered(peer)
+    distance = merge(live, SCHEMA, views, buffered(own) if share_own else None, method, 0.3)
+    return live, views, distance
+
+
+@pytest.mark.parametrize("share_own", [True, False], ids=["own snapshot", "no own snapshot"])
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_in_c_equals_torchs(method, share_own, monkeypatch):
+    assert state_native.kernels() is not None
+    found = outcome(method, share_own)
+    monkeypatch.setattr(state_native, "kernels", lambda: None)
+    expected = outcome(method, share_own)
+    exact = 0.0 if method == "clonal" else 1e-6
+    assert_same(found[0], expected[0], rtol=exact, atol=exact)
+    assert_same(found[1], expected[1])
+    assert found[2] == pytest.approx(expected[2], rel=1e-5)
+
+
+def test_merge_distance_is_of_the_weights_alone():
+    live, own, peer = state(1), state(2), state(3)
+    weights = [name for name in SHAPES if name != "v"]
+    apart, size = (
+        math.sqrt(sum(float((a[name] - b[name]).double().square().sum()) for name in weights))
+        for a, b in ((peer, own), (live, {name: 0 * tensor for name, tensor in live.items()}))
+    )
+    assert merge(live, SCHEMA, buffered(peer), buffered(own), "average", 0.5) == pytest.approx(apart / size, rel=1e-5)
+
+
+def test_merge_piece_is_the_same_whatever_the_number_of_threads():
+    torch.manual_seed(0)
+    live, peer, own, threads = torch.randn(100_003), torch.randn(100_003), torch.randn(100_003), torch.get_num_threads()
+    merged = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            merged.append((live.clone(), peer.clone()))
+            far, large = state_native.merge_piece(*merged[-1], own, 0.3, False)
+            assert far == pytest.approx(float((peer - own).double().square().sum()), rel=1e-5)
+            assert large == pytest.approx(float(live.double().square().sum()), rel=1e-5)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*merged, strict=True)) and torch.equal(merged[0][1], live)

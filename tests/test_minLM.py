@@ -152,6 +152,24 @@ def test_norm_equals_torch(dtype):
     assert low.dtype == torch.bfloat16 and torch.allclose(low.double(), found[1][0], rtol=0.02, atol=0.02)
 
 
+def test_norm_under_autocast_is_rounded_once_and_its_gradients_stay_float32():
+    """As the float32 norm whose output is rounded, also backward."""
+    torch.manual_seed(0)
+    norm, grad = RMSNorm(40), torch.randn(3, 5, 40).bfloat16()
+    inputs, found = torch.randn(3, 5, 40), []
+    for autocast in (True, False):
+        x = inputs.clone().requires_grad_()
+        norm.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = norm(x)
+        out.bfloat16().backward(grad)
+        found.append((out, x.grad, norm.weight.grad))
+    assert found[0][0].dtype == torch.bfloat16 and torch.equal(found[0][0], found[1][0].bfloat16())
+    for own, expected in zip(found[0][1:], found[1][1:], strict=True):
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(own, expected)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_norm_keeps_what_is_not_finite_to_its_row(bad):
     norm, x = RMSNorm(40), torch.ones(3, 2, 40)

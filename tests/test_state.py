@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.injection import Injection
+from gossip import state_native
 from gossip.faults import Fault
 from gossip.state import ALIGNMENT, Rule, Schema, StateBuffer, payload_fault, weight_energy
 
@@ -133,3 +134,21 @@ def test_weight_energy_of_what_single_precision_cannot_square_is_infinite():
     buffer = StateBuffer(schema)
     buffer.copy_from({"y": torch.full((64,), 1e30)})
     assert weight_energy(schema, 0, buffer.bytes) == math.inf
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["in C", "by numpy"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2e30, -2e30, -1.0, None], ids=str)
+@pytest.mark.parametrize("place", [0, 5, 998, 999])
+def test_checks_in_c_equal_numpys(compiled, bad, place, monkeypatch):
+    tensors = {"y": torch.randn(1000), "v": torch.rand(1000)}
+    schema, buffer = schema_of(tensors, ["v"]), StateBuffer(schema_of(tensors, ["v"]))
+    if bad is not None:
+        tensors["v"][place] = bad
+    buffer.copy_from(tensors)
+    assert state_native.kernels() is not None
+    if not compiled:
+        monkeypatch.setattr(state_native, "kernels", lambda: None)
+    fault = None if bad is None else Fault.NEGATIVE_SECOND_MOMENT if bad == -1.0 else Fault.NOT_FINITE
+    assert payload_fault(schema, 0, buffer.bytes) is fault
+    expected = float(tensors["y"].double().square().sum())
+    assert weight_energy(schema, 0, buffer.bytes) == pytest.approx(expected, rel=1e-5)

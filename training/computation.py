@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mingru.minLM import MinLM, MinLMState
+from runtime.devices import has_bf16_tiles
 from runtime.errors import UserError
 from training.options import ComputeOptions
 
@@ -25,12 +26,13 @@ PEAK_TFLOPS: dict[str, tuple[float, float]] = {
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for --dtype. auto: bfloat16 on a GPU that computes in it, float32 elsewhere.
+    """The dtype of matrix products for --dtype. auto: bfloat16 on a GPU or a CPU with units for it, else float32.
 
     Raises UserError for bf16 on a GPU without it.
     """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if wanted == "bf16" and device.type == "cuda" and not has_bf16:
+    on_gpu = device.type == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_bf16_tiles()
+    if wanted == "bf16" and on_gpu and not has_bf16:
         raise UserError(f"expected a GPU that computes in bfloat16, got {_name(device)}: use --dtype fp32")
     return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and has_bf16) else torch.float32
 

@@ -1,0 +1,67 @@
+"""GELU of a dense layer's output, on the CPU in one pass with the layer's bias."""
+
+import functools
+from ctypes import CDLL, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from runtime.native import NativeUnavailable, load_kernels
+from runtime.stderr import say
+
+_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+
+@functools.cache
+def kernels() -> CDLL | None:
+    """The compiled kernels; None where they cannot be had, which is said once."""
+    try:
+        library = load_kernels(Path(__file__).with_name("gelu_native.c"))
+    except NativeUnavailable as error:
+        say(f"warning: GELU runs without its C kernel, slower: {error}")
+        return None
+    for suffix in _SUFFIXES.values():
+        forward, backward = (getattr(library, f"gelu_{name}_{suffix}") for name in ("forward", "backward"))
+        forward.argtypes, forward.restype = [c_void_p] * 3 + [c_int64] * 2, None
+        backward.argtypes, backward.restype = [c_void_p] * 5 + [c_int64] * 3, None
+    return library
+
+
+def gelu_of(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
+    """gelu(layer(x)) of a layer with a bias, exact (by the normal distribution), as torch's default."""
+    # A compiler fuses the plain formula by itself, and could not look into the kernels.
+    native = x_BTD.device.type == "cpu" and layer.weight.dtype in _SUFFIXES and not torch.compiler.is_compiling()
+    if not native or kernels() is None:
+        return F.gelu(layer(x_BTD))
+    return _NativeGELU.apply(F.linear(x_BTD, layer.weight), layer.bias.float())
+
+
+class _NativeGELU(torch.autograd.Function):
+    """By the C kernels: gelu(x + bias) for float32 and bfloat16 x."""
+
+    @staticmethod
+    def forward(ctx, x_BTF: Tensor, bias_F: Tensor) -> Tensor:
+        x_BTF, bias_F = x_BTF.contiguous(), bias_F.contiguous()
+        ctx.save_for_backward(x_BTF, bias_F)
+        y_BTF = torch.empty_like(x_BTF)
+        _call("forward", x_BTF, bias_F, y_BTF)
+        return y_BTF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BTF: Tensor) -> tuple[Tensor, Tensor]:
+        x_BTF, bias_F = ctx.saved_tensors
+        threads = torch.get_num_threads()
+        grad_x_BTF, partial_NF = torch.empty_like(x_BTF), bias_F.new_zeros(threads, len(bias_F))
+        _call("backward", grad_BTF.contiguous(), x_BTF, bias_F, grad_x_BTF, partial_NF, threads=(threads,))
+        return grad_x_BTF, partial_NF.sum(dim=0)
+
+
+def _call(name: str, *tensors: Tensor, threads: tuple[int, ...] = ()) -> None:
+    """Run a kernel over `tensors`, the first of which is (..., F) in the dtype that it works in."""
+    kernel = getattr(kernels(), f"gelu_{name}_{_SUFFIXES[tensors[0].dtype]}")
+    width = tensors[0].shape[-1]
+    kernel(*(tensor.data_ptr() for tensor in tensors), tensors[0].numel() // width, width, *threads)

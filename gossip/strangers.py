@@ -1,6 +1,7 @@
 """Callers that are in no conversation yet: how many there may be, how they prove themselves, what is said of them."""
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import Callable, Generator
@@ -65,15 +66,14 @@ class Strangers:
 
     def admit(self, connection: socket.socket, address: str) -> None:
         """Hear a caller from now on. Raises MemoryError; the connection is closed then."""
-        try:
+        with contextlib.ExitStack() as undoing:
+            undoing.callback(_reset, connection)
             if len(self._held) >= STRANGERS_LIMIT:
                 self._put_out_oldest("to make room for newer callers")
             talk = Talk(address, initiator=False, connection=connection, wire=Wire(connection))
             handshake = steps(self._key, initiator=False)
             stranger = self._held[connection] = _Stranger(talk, handshake, next(handshake))
-        except BaseException:
-            _reset(connection)
-            raise
+            undoing.pop_all()
         self._look(stranger)
 
     def dismiss(self, connection: socket.socket) -> None:
@@ -93,15 +93,17 @@ class Strangers:
             held.cancel()
 
     def _look(self, stranger: _Stranger) -> None:
+        error: ProtocolError | None = ProtocolError(Fault.INTERNAL)  # what any other exception counts as
         try:
             self._hear(stranger)
-        except ProtocolError as error:
-            self._refuse(stranger, error)
+            error = None
+        except ProtocolError as fault:
+            error = fault
         except MemoryError as exhausted:
-            self._refuse(stranger, ProtocolError(Fault.OUT_OF_MEMORY, str(exhausted)))
-        except BaseException:
-            self._refuse(stranger, ProtocolError(Fault.INTERNAL))
-            raise
+            error = ProtocolError(Fault.OUT_OF_MEMORY, str(exhausted))
+        finally:
+            if error is not None:
+                self._refuse(stranger, error)
 
     def _hear(self, stranger: _Stranger) -> None:
         """Take what has come, and answer it once it is a whole message."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ AMD = ("rocm-smi", "--showproductname", "--showdriverversion", "--showmeminfo", 
 TOLERANCE = 1e-3  # of a product of 512 terms in float32, for reduced-precision matrix units too
 LEAST_FREE = 20 * 2**30  # bytes: a checkpoint of a model of 1g parameters is 16 GiB
 TINY = (
-    "--cpu --dim 16 --depth 1 --batch_size 2 --chunk_size 32 --val_every 0 --train_steps 100 "
+    "--cpu --dim 16 --depth 1 --batch_size 2 --chunk_size 32 --val_every 0 --max_minutes 4 "
     "--gossip_mixing_rate 0.3 --gossip_heartbeat 0.1 --data train.txt --output run"
 ).split()
 FOREIGN = ("SLURM_", "GRUBOROS_", "TORCHELASTIC_")  # what tells a process who it is, and a secret
@@ -133,22 +134,34 @@ def ranks_meet(host: str) -> str:
         folder.joinpath("train.txt").write_bytes(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py"))))
         environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         launch = [sys.executable, "-m", "runtime.launch", "--ranks", "2", "--max_restarts", "0", "--"]
-        done = subprocess.run(
-            [*launch, str(ROOT / "train.py"), *TINY, "--gossip_host", host],
-            cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise ValueError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "they failed silently")
-        told = list(_events(folder / "gossip_logs"))
-        failed = [row["message"] for row in told if row["event"] == "failed"]
-        met = sum(row["event"] in ("sent", "merged", "averaged", "tied") for row in told)
-        if not met:
-            raise ValueError(f"they never met: {failed[0] if failed else 'nobody was called'}")
-        return f"they met {met // 2} times"
+        with open(folder / "said", "w") as said:
+            launcher = subprocess.Popen(
+                [*launch, str(ROOT / "train.py"), *TINY, "--gossip_host", host],
+                cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=said,
+            )  # fmt: skip
+        began = time.monotonic()
+        try:
+            while launcher.poll() is None and not _met(folder):
+                time.sleep(0.2)
+            took = time.monotonic() - began
+        finally:
+            launcher.terminate()
+            launcher.wait()
+        if _met(folder):
+            return f"they met within {took:.0f} s"
+        lines = (folder / "said").read_text().splitlines()
+        if launcher.returncode != 0:
+            raise ValueError(lines[-1] if lines else "they failed silently")
+        failed = [row["message"] for row in _events(folder) if row["event"] == "failed"]
+        raise ValueError(f"they never met: {failed[0] if failed else 'nobody was called'}")
+
+
+def _met(folder: Path) -> bool:
+    return any(row["event"] in ("sent", "merged", "averaged", "tied") for row in _events(folder))
 
 
 def _events(folder: Path) -> Iterator[dict[str, str]]:
-    for path in sorted(folder.glob("*.tsv")):
+    for path in sorted(folder.glob("gossip_logs/*.tsv")):
         with open(path, newline="") as file:
             yield from csv.DictReader(file, delimiter="\t")
 

@@ -31,7 +31,7 @@ from gossip.filesystem_coordinator import RankReplaced
 from gossip.fitness_tracker import FitnessTracker
 from gossip.state import Schema
 from mingru.sizing import parameter_count
-from runtime.allocator import keep_freed_memory
+from runtime.allocator import gather_in_huge_pages, keep_freed_memory
 from runtime.arguments import run_main
 from runtime.devices import choose_device
 from runtime.errors import UserError
@@ -173,6 +173,8 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     if (resumed and resumed.file.rank != identity.rank) or (not resumed and options.run.init_from):
         trainer.save("where it starts")  # what it came from lies elsewhere, and may go
     del resumed  # a whole state
+    if device.type == "cpu":
+        gather_in_huge_pages()
     deadline = None
     if options.run.max_minutes:  # a rank that was restarted ends with the others
         began = identity.began if identity.restarts else None

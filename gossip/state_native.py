@@ -8,17 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.native import NativeUnavailable, load_kernels
-from runtime.stderr import say
+from runtime.native import load_or_warn
 
 
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    try:
-        library = load_kernels(Path(__file__).with_suffix(".c"))
-    except NativeUnavailable as error:
-        say(f"warning: merging runs without its C kernel, slower: {error}")
+    library = load_or_warn(Path(__file__).with_suffix(".c"), "merging", "slower")
+    if library is None:
         return None
     library.merge_piece.argtypes = [c_void_p] * 3 + [c_int64, c_float, c_int, c_void_p]
     library.extremes.argtypes = [c_void_p, c_int64, c_void_p]

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mingru.minLM import MinLM, MinLMState
 from mingru.norm import EPSILON
-from runtime.native import NativeUnavailable, load_kernels
-from runtime.stderr import say
+from runtime.native import load_or_warn
 
 MOST_LANES = 8  # with more, torch's matrix products use the weights better
 _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -34,10 +33,8 @@ class _Shape(ctypes.Structure):
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    try:
-        library = load_kernels(Path(__file__).with_name("decode_native.c"))
-    except NativeUnavailable as error:
-        say(f"warning: decoding runs without its C kernel, slower: {error}")
+    library = load_or_warn(Path(__file__).with_name("decode_native.c"), "decoding", "slower")
+    if library is None:
         return None
     for suffix in _SUFFIXES.values():
         step = getattr(library, f"decode_step_{suffix}")

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from runtime.native import NativeUnavailable, load_kernels
-from runtime.stderr import say
+from runtime.native import load_or_warn
 
 STEPS = 2**16  # in which the share that is kept can be chosen
 
@@ -21,10 +20,8 @@ STEPS = 2**16  # in which the share that is kept can be chosen
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernel; None where it cannot be had, which is said once."""
-    try:
-        library = load_kernels(Path(__file__).with_name("dropout_native.c"))
-    except NativeUnavailable as error:
-        say(f"warning: dropout runs without its C kernel, some five times slower: {error}")
+    library = load_or_warn(Path(__file__).with_name("dropout_native.c"), "dropout", "some five times slower")
+    if library is None:
         return None
     library.dropout.argtypes = [c_void_p] * 2 + [c_int64] * 2 + [c_int32, c_float]
     library.dropout.restype = None

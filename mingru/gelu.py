@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from runtime.native import NativeUnavailable, load_kernels
-from runtime.stderr import say
+from runtime.native import load_or_warn
 
 _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
@@ -18,10 +17,8 @@ _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    try:
-        library = load_kernels(Path(__file__).with_name("gelu_native.c"))
-    except NativeUnavailable as error:
-        say(f"warning: GELU runs without its C kernel, slower: {error}")
+    library = load_or_warn(Path(__file__).with_name("gelu_native.c"), "GELU", "slower")
+    if library is None:
         return None
     for suffix in _SUFFIXES.values():
         forward, backward = (getattr(library, f"gelu_{name}_{suffix}") for name in ("forward", "backward"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from mingru.conv import CausalConv, Reach, reach
@@ -147,6 +148,24 @@ class Block(nn.Module):
 
     def _drop(self, branch_BTD: Tensor) -> Tensor:
         return dropout(branch_BTD, self.dropout) if self.dropout and self.training else branch_BTD
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Under it, what torch.nn.init has leaves its tensor as it is."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def uninitialised(config: ModelConfig, device: torch.device) -> "MinLM":
+    """The model on `device` with whatever its memory holds as weights; on the meta device it has shapes alone.
+
+    Drawing random numbers or copying there takes the import of torch's compiler, most of two seconds of a rank's start.
+    """
+    with device, _NothingDrawn():
+        return MinLM(config)
 
 
 class MinLM(nn.Module):

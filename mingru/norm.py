@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from runtime.native import NativeUnavailable, load_kernels
-from runtime.stderr import say
+from runtime.native import load_or_warn
 
 EPSILON = torch.finfo(torch.float32).eps  # the one torch.nn.RMSNorm takes for float32
 _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -19,10 +18,8 @@ _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    try:
-        library = load_kernels(Path(__file__).with_name("norm_native.c"))
-    except NativeUnavailable as error:
-        say(f"warning: normalisation runs without its C kernel, some three times slower: {error}")
+    library = load_or_warn(Path(__file__).with_name("norm_native.c"), "normalisation", "some three times slower")
+    if library is None:
         return None
     for suffix in _SUFFIXES.values():
         forward, backward = (getattr(library, f"norm_{name}_{suffix}") for name in ("forward", "backward"))

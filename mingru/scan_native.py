@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mingru import scan_tiled
 from mingru.scan_operators import register
-from runtime.native import NativeUnavailable, load_kernels
-from runtime.stderr import say
+from runtime.native import load_or_warn
 
 SOURCE = Path(__file__).with_suffix(".c")
 _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -22,10 +21,8 @@ _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    try:
-        library = load_kernels(SOURCE)
-    except NativeUnavailable as error:
-        say(f"warning: the recurrence runs without its C kernel, some four times slower: {error}")
+    library = load_or_warn(SOURCE, "recurrence", "some four times slower")
+    if library is None:
         return None
     for suffix in _SUFFIXES.values():
         getattr(library, f"scan_forward_{suffix}").argtypes = [c_void_p] * 5 + [c_int64] * 4
@@ -37,7 +34,7 @@ def kernels() -> CDLL | None:
 def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """See mingru.scan.scan; on a CPU, differentiable once."""
     fits = projected_BT2E.dtype in _SUFFIXES
-    return (scan_forward if fits else scan_tiled.scan)(projected_BT2E, prev_hidden_BE, reset_BT)
+    return (_scan if fits else scan_tiled.scan)(projected_BT2E, prev_hidden_BE, reset_BT)
 
 
 def forward(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -89,4 +86,4 @@ def _call(name: str, *tensors: Tensor | None, like: Tensor) -> None:
     getattr(library, f"{name}_{_SUFFIXES[like.dtype]}")(*addresses, B, T, E, block)
 
 
-scan_forward, scan_backward = register("native", forward, backward, device_types="cpu")
+_scan, scan_forward = register("native", forward, backward, device_types="cpu")

@@ -1,23 +1,27 @@
 """A backend's two passes as torch custom operators: what torch.compile, autocast, checkpointing and opcheck build on.
 
 Each pass is one opaque node to torch.compile, which would otherwise unroll its loop over time or break the graph.
+Outside of it the passes are called without the operators, whose first call imports torch's compiler.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef
 
 from mingru.scan_reference import state_dtype
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]
+Outputs = tuple[Tensor, Tensor]
 
 
 def register(
     name: str, forward: Callable, backward: Callable, device_types: str | Sequence[str] | None = None
-) -> tuple[CustomOpDef, CustomOpDef]:
-    """The operators gruboros::scan_<name>_forward, which is differentiable once by the other, and ..._backward.
+) -> tuple[Callable[..., Outputs], CustomOpDef]:
+    """The scan of these passes, differentiable once, and what it is to torch.compile: gruboros::scan_<name>_forward,
+    with ..._backward.
 
     forward: (projected_BT2E, prev_hidden_BE, reset_BT), as mingru.scan.scan, -> h_BTE in the input's dtype and the last
     h_BE in the state's. backward: (grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT) -> the
@@ -28,18 +32,38 @@ def register(
         torch.library.custom_op(f"gruboros::scan_{name}_{which}", function, mutates_args=(), device_types=device_types)
         for which, function in (("forward", forward), ("backward", backward))
     )
+    scan_forward.register_fake(_fake_forward)
+    scan_backward.register_fake(_fake_backward)
+    scan_forward.register_autograd(_by(scan_backward), setup_context=_save)
+
+    differentiate = once_differentiable(_by(backward))
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> Outputs:
+            return forward(projected_BT2E, prev_hidden_BE, reset_BT)
+
+        setup_context = staticmethod(_save)
+        backward = staticmethod(differentiate)
+
+    def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> Outputs:
+        traced = torch.compiler.is_compiling() or type(projected_BT2E) is not Tensor
+        return (scan_forward if traced else Eager.apply)(projected_BT2E, prev_hidden_BE, reset_BT)
+
+    return scan, scan_forward
+
+
+def _by(backward: Callable[..., Outputs]) -> Callable:
+    """The gradients of a scan's inputs by `backward`, as autograd asks for them."""
 
     def differentiate(ctx, grad_BTE: Tensor, grad_last_BE: Tensor) -> tuple[Tensor, Tensor | None, None]:
         projected_BT2E, h_BTE, prev_hidden_BE, reset_BT = ctx.saved_tensors
-        grad_projected_BT2E, grad_prev_BE = scan_backward(
+        grad_projected_BT2E, grad_prev_BE = backward(
             grad_BTE, grad_last_BE, projected_BT2E, h_BTE, prev_hidden_BE, reset_BT
         )
         return grad_projected_BT2E, None if prev_hidden_BE is None else grad_prev_BE.to(prev_hidden_BE.dtype), None
 
-    scan_forward.register_fake(_fake_forward)
-    scan_backward.register_fake(_fake_backward)
-    scan_forward.register_autograd(differentiate, setup_context=_save)
-    return scan_forward, scan_backward
+    return differentiate
 
 
 def _save(ctx, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:

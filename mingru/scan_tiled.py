@@ -21,7 +21,7 @@ TILE = 64  # steps: five float32 buffers of (64, 4, 768) are 4 MiB
 
 def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """See mingru.scan.scan; differentiable once."""
-    return scan_forward(projected_BT2E, prev_hidden_BE, reset_BT)
+    return _scan(projected_BT2E, prev_hidden_BE, reset_BT)
 
 
 def forward(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -115,4 +115,4 @@ def _alive(reset_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if reset_BT is None else reset_BT.t().logical_not().to(dtype).unsqueeze(-1)
 
 
-scan_forward, scan_backward = register("tiled", forward, backward)
+_scan, scan_forward = register("tiled", forward, backward)

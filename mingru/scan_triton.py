@@ -57,7 +57,7 @@ def kernels() -> ModuleType | None:
 def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """See mingru.scan.scan; float64 goes to the tiled loop. Differentiable once."""
     fits = projected_BT2E.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return (scan_forward if fits else scan_tiled.scan)(projected_BT2E, prev_hidden_BE, reset_BT)
+    return (_scan if fits else scan_tiled.scan)(projected_BT2E, prev_hidden_BE, reset_BT)
 
 
 def plan(B: int, T: int, E: int, multiprocessors: int, warp_size: int) -> Plan:
@@ -152,4 +152,4 @@ def _bytes(reset_BT: Tensor | None) -> Tensor | None:
     return None if reset_BT is None else reset_BT.contiguous().view(torch.uint8)
 
 
-scan_forward, scan_backward = register("triton", forward, backward)
+_scan, scan_forward = register("triton", forward, backward)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch  # loaded first, so that the kernels find its OpenMP runtime and bring none of their own
 
+from runtime.stderr import say
+
 # No -ffast-math: NaN and infinity must come through. The two that are here only free the compiler from keeping errno
 # and floating-point traps, which nobody reads.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
@@ -49,6 +51,15 @@ def load_kernels(source: Path) -> ctypes.CDLL:
     if len(runtimes) > 1:
         raise NativeUnavailable(f"more than one OpenMP runtime in the process: {', '.join(sorted(runtimes))}")
     return kernels
+
+
+def load_or_warn(source: Path, user: str, cost: str) -> ctypes.CDLL | None:
+    """load_kernels(); None where they cannot be had, which is said: who runs without them, and what it costs."""
+    try:
+        return load_kernels(source)
+    except NativeUnavailable as error:
+        say(f"warning: {user} runs without its C kernel, {cost}: {error}")
+        return None
 
 
 def cache_folder() -> Path:

@@ -191,9 +191,7 @@ def assert_mixes_through(proxy, caller, answerer):
     """Weights travel as soon as the proxy lets them."""
     before = answerer.node.counters.lost
     proxy.cut = proxy.rate = None
-    call_until(
-        lambda: answerer.node.counters.lost > before and caller.node.counters.won > 0, caller, caller, answerer
-    )
+    call_until(lambda: answerer.node.counters.lost > before and caller.node.counters.won > 0, caller, caller, answerer)
     assert values_of(answerer) == {3.0}
 
 

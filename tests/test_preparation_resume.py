@@ -40,6 +40,7 @@ def inputs(tmp_path):
 @pytest.fixture
 def killed(inputs):
     """killed((deadly call, output) ...) -> status and number of calls of each attempt, and what they said."""
+
     def run(*attempts: tuple[int, Path]):
         command = [sys.executable, "-m", "tests.killed_prepare_data", str(inputs)]
         lines = "".join(f"{deadly} {output}\n" for deadly, output in attempts)

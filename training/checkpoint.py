@@ -17,7 +17,7 @@ import torch
 
 from gossip.state import Schema
 from mingru.foreign import convert
-from mingru.minLM import MinLM, MinLMState, ModelConfig
+from mingru.minLM import MinLM, MinLMState, ModelConfig, uninitialised
 from runtime.errors import UserError
 from runtime.files import atomic_writer
 from training.digest import SealedFile, is_sealed
@@ -188,9 +188,7 @@ def load_for_use(path: Path, device: torch.device) -> tuple[MinLM, dict[str, Any
 
 def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], device: torch.device) -> MinLM:
     """A model on `device` with these weights. Raises CheckpointError if they do not fit its shape."""
-    with torch.device("meta"):
-        model = MinLM(config)
-    model.to_empty(device=device)
+    model = uninitialised(config, device)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

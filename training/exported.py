@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mingru.minLM import MinLM, ModelConfig
+from mingru.minLM import ModelConfig, uninitialised
 from runtime.errors import UserError
 from runtime.files import atomic_write, sync_folder, temporary_name
 from training.checkpoint import read_for_use, save_weights
@@ -94,8 +94,7 @@ def _read_folder(folder: Path) -> Model:
 
 
 def _check_weights(model: Model, path: Path) -> None:
-    with torch.device("meta"):
-        wanted = MinLM(model.config).state_dict()
+    wanted = uninitialised(model.config, torch.device("meta")).state_dict()
     for name in sorted(wanted.keys() ^ model.weights.keys()):
         lack = "no" if name in wanted else "an unknown"
         raise UserError(f"expected the weights of {model.config}, got {lack} {name} in {path}: choose another")

@@ -50,9 +50,7 @@ def _score(model: MinLM, content: mmap.mmap, delimiter: int | None) -> float:
     return nats / targets / math.log(2)
 
 
-def advance(
-    model: MinLM, ids_BT: Tensor, state: MinLMState | None, delimiter: int | None
-) -> tuple[Tensor, MinLMState]:
+def advance(model: MinLM, ids_BT: Tensor, state: MinLMState | None, delimiter: int | None) -> tuple[Tensor, MinLMState]:
     """Logits (B, T, V) after each of these bytes, which are in host memory, and the state after the last.
 
     A document starts at each delimiter among them, as in training.

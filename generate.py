@@ -21,6 +21,7 @@ from torch import Tensor
 from mingru.decoder import Decoder
 from mingru.minLM import MinLM, MinLMState
 from mingru.sampling import SamplingOptions, sample
+from runtime.allocator import keep_freed_memory
 from runtime.arguments import ArgumentParser, as_argument, normalise_flags, run_main
 from runtime.devices import choose_device
 from runtime.errors import UserError
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
         options.temperature, options.top_k or None, options.top_p, options.min_p, options.typical_p
     )
     device = choose_device(options.cuda, options.rocm, options.cpu)
+    if device.type == "cpu":
+        keep_freed_memory()
     if options.score is None:
         prompt = read_prompt(options.prompt, options.prompt_file)
     elif options.prompt is not None or options.prompt_file is not None or options.output_file is not None:

@@ -2,6 +2,7 @@
 
     both        HELLO          the answerer says BUSY instead while it talks to another
     both        DECISION       each from both HELLOs; they must be equal
+    both        sketch, END    where weights travel as remainders: a few samples, which tell how far apart they are
     sender      SNAPSHOT, raw payload, END with the payload's digest
     receiver    RECEIPT        after digest and values were checked
 
@@ -15,10 +16,13 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from blake3 import blake3
+from torch import Tensor
 
 from gossip.decision import Policy, decide
 from gossip.faults import Fault, ProtocolError
+from gossip.lattice import spacings
 from gossip.protocol import (
     Busy,
     Decision,
@@ -30,7 +34,7 @@ from gossip.protocol import (
 )
 from gossip.state import Schema, Snapshot, StateBuffer, payload_fault, weight_energy
 from gossip.wire import Channel
-from gossip.wire_format import WireFormat
+from gossip.wire_format import RemainderWire, WireFormat, sketch_of
 
 PIECE_BYTES = 512 * 1024  # of payload at a time: it stays in the cache from the kernel to the digest and the checks
 
@@ -43,6 +47,7 @@ class Party(Protocol):
     scalar_names: frozenset[str]
     gene_names: frozenset[str]
     receive_buffer: StateBuffer
+    wire_dtype: str
     wire_format: WireFormat
 
     def hello(self, theirs: Hello | None) -> Hello:
@@ -95,12 +100,15 @@ async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
     own = received = fault = None
     if sends or (receives and not decision.whole):
         own = await party.snapshot(mine.generation)
+    form = party.wire_format
+    if party.wire_dtype == "int4" and (sends or receives) and not decision.whole:
+        form = await _remainders(channel, own.buffer.bytes)
     if sends and receives:
-        _, (received, fault) = await _together(_send(channel, party, own), _receive(channel, party, theirs))
+        _, (received, fault) = await _together(_send(channel, form, own), _receive(channel, party, form, theirs))
     elif sends:
-        await _send(channel, party, own)
+        await _send(channel, form, own)
     elif receives:
-        received, fault = await _receive(channel, party, theirs)
+        received, fault = await _receive(channel, party, form, theirs)
     if receives:
         await channel.send(Receipt(fault is None, fault))
     if sends:
@@ -149,14 +157,43 @@ def _check_kinship(mine: Hello, theirs: Hello) -> None:
         raise ProtocolError(Fault.RANK_TAKEN, f"another process is rank {mine.rank}: {theirs.incarnation}")
 
 
-async def _send(channel: Channel, party: Party, snapshot: Snapshot) -> None:
-    payload, form = snapshot.buffer.bytes, party.wire_format
+async def _remainders(channel: Channel, own: memoryview) -> RemainderWire:
+    """The format of a conversation in which both ends have told each other a sketch of their weights, `own` of mine."""
+    sketches = []
+    for start in range(0, len(own), PIECE_BYTES):
+        sketches.append(sketch_of(own[start : start + PIECE_BYTES]))
+        await asyncio.sleep(0)
+    mine = torch.cat(sketches)
+    _, theirs = await _together(_tell(channel, mine), _hear(channel, torch.empty_like(mine)))
+    for sketch, whose in ((mine, "own"), (theirs, "the peer's")):
+        if not sketch.isfinite().all():
+            raise ProtocolError(Fault.NOT_FINITE, f"in {whose} weights")
+    return RemainderWire(own, spacings(mine, theirs), PIECE_BYTES)
+
+
+async def _tell(channel: Channel, sketch: Tensor) -> None:
+    told = memoryview(sketch.view(torch.uint8).numpy()).cast("B")
+    await channel.wire.send(told)
+    await channel.send(End(blake3(told).hexdigest()))
+
+
+async def _hear(channel: Channel, sketch: Tensor) -> Tensor:
+    heard = memoryview(sketch.view(torch.uint8).numpy()).cast("B")
+    await channel.wire.receive_into(heard)
+    end = await channel.receive(End)
+    if not hmac.compare_digest(end.digest, blake3(heard).hexdigest()):
+        raise ProtocolError(Fault.DIGEST_MISMATCH, "in the sketch of the peer's weights")
+    return sketch
+
+
+async def _send(channel: Channel, form: WireFormat, snapshot: Snapshot) -> None:
+    payload = snapshot.buffer.bytes
     await channel.send(_header_of(snapshot, form.size(len(payload))))
     digest = blake3()
     for start in range(0, len(payload), PIECE_BYTES):
-        piece = form.pack(payload[start : start + PIECE_BYTES])
-        digest.update(piece)
-        await channel.wire.send(piece)
+        travelling, digested = form.pack(start, payload[start : start + PIECE_BYTES])
+        digest.update(digested)
+        await channel.wire.send(travelling)
         await asyncio.sleep(0)  # a fast link never makes send() wait, and others have their turn too
     await channel.send(End(digest.hexdigest()))
 
@@ -167,9 +204,9 @@ def _header_of(snapshot: Snapshot, nbytes: int) -> SnapshotHeader:
     )
 
 
-async def _receive(channel: Channel, party: Party, theirs: Hello) -> tuple[Snapshot, Fault | None]:
+async def _receive(channel: Channel, party: Party, form: WireFormat, theirs: Hello) -> tuple[Snapshot, Fault | None]:
     """The peer's snapshot, read to its end, and what is wrong with its content; other faults are raised."""
-    buffer, schema, form = party.receive_buffer, party.schema, party.wire_format
+    buffer, schema = party.receive_buffer, party.schema
     header = await channel.receive(SnapshotHeader)
     if header.nbytes != form.size(schema.nbytes):
         raise ProtocolError(Fault.BAD_SNAPSHOT, f"expected {form.size(schema.nbytes)} bytes, got {header.nbytes}")
@@ -186,10 +223,8 @@ async def _receive(channel: Channel, party: Party, theirs: Hello) -> tuple[Snaps
     digest, energy, fault = blake3(), 0.0, None
     for start in range(0, schema.nbytes, PIECE_BYTES):
         piece = buffer.bytes[start : start + PIECE_BYTES]
-        travelling = form.space(piece)
-        await channel.wire.receive_into(travelling)
-        digest.update(travelling)
-        form.unpack(piece)
+        await channel.wire.receive_into(form.space(piece))
+        digest.update(form.unpack(start, piece))
         fault = fault or payload_fault(schema, start, piece)
         if fault is None:
             energy += weight_energy(schema, start, piece)

@@ -62,6 +62,7 @@ class Switchboard:
         self._key = key
         self._desk = desk
         self._policy = policy
+        self._wire_dtype = wire_dtype
         self._wire_format = wire_format(wire_dtype, PIECE_BYTES)
         self._ledger = ledger
         self._seconds = seconds
@@ -269,6 +270,7 @@ class _Party:
         self.policy = board._policy
         self.scalar_names = board._desk.scalar_names
         self.gene_names = board._desk.gene_names
+        self.wire_dtype = board._wire_dtype
         self.wire_format = board._wire_format
         self.receive_buffer = board._desk.receive_buffer
         self._board = board

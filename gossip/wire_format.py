@@ -1,31 +1,37 @@
-"""How the numbers of a payload travel: float32 as it is, or as bfloat16 at half the bytes."""
+"""How the numbers of a payload travel: float32 as it is, as bfloat16, or as remainders of four bits (see lattice)."""
 
 from typing import Protocol
 
 import torch
 
-WIRE_DTYPES = ("fp32", "bf16")
+from gossip import lattice
+
+WIRE_DTYPES = ("fp32", "bf16", "int4")
 
 
 class WireFormat(Protocol):
-    """Turns pieces of a payload into what travels, and back. On one thread, for one conversation."""
+    """Turns pieces of a payload into what travels, and back. On one thread, for one conversation.
+
+    start: where in the payload a piece begins, in bytes, a multiple of 512 KiB; all pieces but the last are as long.
+    """
 
     def size(self, nbytes: int) -> int:
         """Bytes that travel for `nbytes` of payload."""
 
-    def pack(self, piece: memoryview) -> memoryview:
-        """What travels for `piece`; good until the next call."""
+    def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
+        """What travels for `piece`, and what the digest is to be taken of; good until the next call."""
 
     def space(self, piece: memoryview) -> memoryview:
         """Where to read what travels for `piece`; good until the next call."""
 
-    def unpack(self, piece: memoryview) -> None:
-        """Fill `piece` from the space that was asked for it."""
+    def unpack(self, start: int, piece: memoryview) -> memoryview:
+        """Fill `piece` from the space that was asked for it; returns what the digest is to be taken of."""
 
 
 def wire_format(wire_dtype: str, piece_bytes: int) -> WireFormat:
-    """The format of that name, one of WIRE_DTYPES, for pieces of at most `piece_bytes`."""
-    return Bfloat16Wire(piece_bytes) if wire_dtype == "bf16" else Float32Wire()
+    """The format for whole states, which need nothing of their receiver, in pieces of at most `piece_bytes`: a state
+    that replaces another travels as bfloat16 where wire_dtype, one of WIRE_DTYPES, is int4."""
+    return Float32Wire() if wire_dtype == "fp32" else Bfloat16Wire(piece_bytes)
 
 
 class Float32Wire:
@@ -34,14 +40,14 @@ class Float32Wire:
     def size(self, nbytes: int) -> int:
         return nbytes
 
-    def pack(self, piece: memoryview) -> memoryview:
-        return piece
+    def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
+        return piece, piece
 
     def space(self, piece: memoryview) -> memoryview:
         return piece
 
-    def unpack(self, piece: memoryview) -> None:
-        """Nothing to do: it was read in place."""
+    def unpack(self, start: int, piece: memoryview) -> memoryview:
+        return piece  # it was read in place
 
 
 class Bfloat16Wire:
@@ -53,17 +59,67 @@ class Bfloat16Wire:
     def size(self, nbytes: int) -> int:
         return nbytes // 2
 
-    def pack(self, piece: memoryview) -> memoryview:
-        values = torch.frombuffer(piece, dtype=torch.float32)
+    def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
+        values = _floats(piece)
         self._outgoing[: len(values)].copy_(values)
-        return _bytes(self._outgoing[: len(values)])
+        packed = _bytes(self._outgoing[: len(values)])
+        return packed, packed
 
     def space(self, piece: memoryview) -> memoryview:
         return _bytes(self._incoming[: len(piece) // 4])
 
-    def unpack(self, piece: memoryview) -> None:
-        values = torch.frombuffer(piece, dtype=torch.float32)
+    def unpack(self, start: int, piece: memoryview) -> memoryview:
+        values = _floats(piece)
         values.copy_(self._incoming[: len(values)])
+        return self.space(piece)
+
+
+class RemainderWire:
+    """Four bits of each float32, from which a receiver that has `own`, a payload like the sender's, finds the rest.
+
+    spacing: of the payload's blocks, the same at both ends. The digest is taken of more bits than travel.
+    """
+
+    def __init__(self, own: memoryview, spacing: torch.Tensor, piece_bytes: int) -> None:
+        assert piece_bytes % (4 * lattice.BLOCK) == 0
+        self._own, self._spacing = own, spacing
+        self._incoming = torch.empty(piece_bytes // 8, dtype=torch.uint8)
+
+    def size(self, nbytes: int) -> int:
+        return lattice.blocks_of(nbytes // 4) * lattice.BLOCK // 2
+
+    def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
+        rotated = lattice.rotate(_floats(piece))
+        packed, digested = lattice.encode(rotated, self._spacings(start, len(rotated)))
+        return _bytes(packed.view(-1)), _bytes(digested.view(-1))
+
+    def space(self, piece: memoryview) -> memoryview:
+        return _bytes(self._incoming[: self.size(len(piece))])
+
+    def unpack(self, start: int, piece: memoryview) -> memoryview:
+        rotated = lattice.rotate(_floats(self._own[start : start + len(piece)]))
+        packed = self._incoming[: self.size(len(piece))].view(len(rotated), -1)
+        digested = lattice.decode(packed, rotated, self._spacings(start, len(rotated)))
+        lattice.unrotate(rotated, _floats(piece))
+        return _bytes(digested.view(-1))
+
+    def _spacings(self, start: int, blocks: int) -> torch.Tensor:
+        first = start // (4 * lattice.BLOCK)
+        return self._spacing[first : first + blocks]
+
+
+def sketch_bytes(nbytes: int) -> int:
+    """How long the sketch of a payload of `nbytes` is."""
+    return 2 * lattice.SAMPLES * lattice.blocks_of(nbytes // 4)
+
+
+def sketch_of(piece: memoryview) -> torch.Tensor:
+    """See lattice.sketch(), of a piece of a payload."""
+    return lattice.sketch(lattice.rotate(_floats(piece)))
+
+
+def _floats(piece: memoryview) -> torch.Tensor:
+    return torch.frombuffer(piece, dtype=torch.float32)
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

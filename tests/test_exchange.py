@@ -15,7 +15,7 @@ from gossip.faults import Fault, ProtocolError
 from gossip.protocol import Flow
 from gossip.state import Snapshot, StateBuffer
 from gossip.wire import Channel, Wire
-from gossip.wire_format import wire_format
+from gossip.wire_format import sketch_bytes, wire_format
 from tests.gossip_helpers import hello, make_state
 
 KEYS = (bytes(32), bytes(range(32)))
@@ -34,7 +34,7 @@ class Party:
         live, self.schema = make_state(value, shapes)
         self.said = hello(self.schema, rank, incarnation=f"{rank:032x}", fitness=fitness, **changes)
         self.policy, self.busy, self.asked = Policy(method), busy, 0
-        self.wire_format = wire_format(wire_dtype, PIECE_BYTES)
+        self.wire_dtype, self.wire_format = wire_dtype, wire_format(wire_dtype, PIECE_BYTES)
         self.send_buffer, self.receive_buffer = StateBuffer(self.schema), StateBuffer(self.schema)
         self.send_buffer.copy_from(live)
 
@@ -86,6 +86,20 @@ def talk(caller, answerer, buffer_bytes=None):
         return asyncio.run(both())
 
 
+@contextlib.contextmanager
+def counting():
+    """Yields what tells the bytes that all wires have sent in the block."""
+    send, sent = Wire.send, []
+
+    async def count(wire, content):
+        sent.append(len(content))
+        await send(wire, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wire, "send", count)
+        yield lambda: sum(sent)
+
+
 def received(party, value):
     return all(bool((view == value).all()) for view in party.receive_buffer.views.values())
 
@@ -101,6 +115,61 @@ def test_converse_brings_the_fitter_ones_state_to_the_other(method, winner):
     assert unfit.received.step == 6 and unfit.received.scalars == {"k": 2.0} and fit.received is None
     assert fit.won and not unfit.won and fit.decision == unfit.decision
     assert parties[1].asked == (0 if method == "clonal" else 1) and (unfit.own is None) == (method == "clonal")
+
+
+def nearly(party, value, distance):
+    return all(bool(((view - value).abs() < distance).all()) for view in party.receive_buffer.views.values())
+
+
+@pytest.mark.parametrize("method", ["average", "recombination"])
+def test_converse_by_remainders_brings_states_that_are_near(method):
+    caller, answerer = (Party(rank, rank + 1.0, 3.0 + rank / 100, method, wire_dtype="int4") for rank in range(2))
+    ours, theirs = talk(caller, answerer)
+    assert nearly(answerer, 3.0, 0.01) and theirs.own and theirs.received.weight_norm > 0
+    if method == "average":
+        assert nearly(caller, 3.01, 0.01) and ours.received
+    else:
+        assert ours.won and received(caller, 0.0)
+
+
+def test_converse_by_remainders_sends_a_quarter_of_bfloat16s_bytes():
+    sent = {}
+    for wire_dtype in ("bf16", "int4"):
+        parties = [Party(rank, 1.0, 3.0, "average", wire_dtype=wire_dtype) for rank in range(2)]
+        with counting() as counted:
+            talk(*parties)
+        sent[wire_dtype] = counted()
+    assert 0.25 < sent["int4"] / sent["bf16"] < 0.262
+
+
+def test_converse_clones_in_bfloat16_beside_remainders():
+    winner, loser = Party(0, 1.0, 1 / 3, "clonal", wire_dtype="int4"), Party(1, 2.0, 3.0, "clonal", wire_dtype="int4")
+    talk(winner, loser)
+    assert received(loser, float(torch.tensor(1 / 3).bfloat16()))
+
+
+@pytest.mark.parametrize("strange", [0, 1])
+def test_converse_by_remainders_ends_where_one_is_not_finite(strange):
+    parties = [Party(rank, 1.0, 3.0, "average", wire_dtype="int4") for rank in range(2)]
+    next(iter(parties[strange].send_buffer.views.values())).view(-1)[7] = float("nan")
+    assert Fault.NOT_FINITE in talk(*parties)
+    assert received(parties[0], 0.0) and received(parties[1], 0.0)
+
+
+def test_converse_by_remainders_ends_where_a_sketch_is_not_what_was_sent(monkeypatch):
+    parties = [Party(rank, 1.0, 3.0, "average", wire_dtype="int4") for rank in range(2)]
+    send, spoilt = Wire.send, []
+
+    async def flip(wire, content):
+        if not spoilt and len(content) == sketch_bytes(parties[0].schema.nbytes):
+            content = bytearray(content)
+            content[100] ^= 1
+            spoilt.append(wire)
+        await send(wire, content)
+
+    monkeypatch.setattr(Wire, "send", flip)
+    assert Fault.DIGEST_MISMATCH in talk(*parties) and spoilt
+    assert received(parties[0], 0.0) and received(parties[1], 0.0)
 
 
 def test_converse_lets_both_send_for_the_average():

@@ -1,4 +1,6 @@
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,29 @@ def test_imports_the_launcher_and_the_coordinator_need_no_torch():
             assert not {name for name in names if name.split(".")[0] == "torch"}, path
             found = {f"{name.replace('.', '/')}.py" for name in names if name.split(".")[0] in PACKAGES}
             waiting += [name for name in found if (ROOT / name).is_file() and name not in seen]
+
+
+TRAIN_AND_WRITE = """
+import runpy, sys
+root, compilers = sys.argv.pop(1), {"torch._dynamo", "sympy", "triton"}
+sys.path.insert(0, root)
+def run(script, *arguments):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(f"{root}/{script}", run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+    print(script, sorted(compilers & set(sys.modules)), file=sys.stderr)
+small = "--cpu --dim 16 --depth 1 --batch_size 2 --chunk_size 32 --val_every 0 --train_steps 3 --data text"
+run("train.py", *small.split(), "--output", "run")
+run("generate.py", "--model", "run", "--cpu", "--prompt", "a", "--max_length", "3")
+"""
+
+
+def test_training_and_writing_on_a_cpu_import_no_compiler(tmp_path):
+    """Torch's takes longer to import than torch itself, and ranks are started again."""
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 200)
+    command = [sys.executable, "-c", TRAIN_AND_WRITE, str(ROOT)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    told = [line for line in done.stderr.splitlines() if line.startswith(("train.py [", "generate.py ["))]
+    assert told == ["train.py []", "generate.py []"], done.stderr

@@ -1,9 +1,10 @@
-"""Numbers as float32 and as bfloat16: what arrives, and how many bytes it took."""
+"""Numbers as float32, as bfloat16 and as remainders: what arrives, and how many bytes it took."""
 
 import pytest
 import torch
 
-from gossip.wire_format import wire_format
+from gossip.lattice import rotate, sketch, spacings
+from gossip.wire_format import Bfloat16Wire, RemainderWire, sketch_bytes, wire_format
 
 PIECE = 4096
 
@@ -17,11 +18,11 @@ def travelled(name, values, pieces):
     sender, receiver = wire_format(name, PIECE), wire_format(name, PIECE)
     arrived, moved = torch.zeros_like(values), 0
     for outgoing, incoming in zip(values.split(pieces), arrived.split(pieces), strict=True):
-        packed = sender.pack(piece_of(outgoing))
+        packed, digested = sender.pack(0, piece_of(outgoing))
         space = receiver.space(piece_of(incoming))
         assert len(packed) == len(space) == sender.size(4 * len(outgoing))
         space[:] = packed
-        receiver.unpack(piece_of(incoming))
+        assert receiver.unpack(0, piece_of(incoming)) == digested
         moved += len(packed)
     return arrived, moved
 
@@ -45,14 +46,42 @@ def test_bf16_sends_and_receives_at_once_without_mixing():
     end = wire_format("bf16", PIECE)
     mine, theirs = torch.full((64,), 1.0), torch.full((64,), 2.0)
     arrived = torch.zeros(64)
-    packed = end.pack(piece_of(mine))
+    packed, _ = end.pack(0, piece_of(mine))
     space = end.space(piece_of(arrived))
-    space[:] = wire_format("bf16", PIECE).pack(piece_of(theirs))
+    space[:] = wire_format("bf16", PIECE).pack(0, piece_of(theirs))[0]
     assert bytes(packed) == bytes(memoryview(mine.bfloat16().view(torch.uint8).numpy()))
-    end.unpack(piece_of(arrived))
+    end.unpack(0, piece_of(arrived))
     assert torch.equal(arrived, theirs)
 
 
 def test_bf16_keeps_what_is_not_finite_for_the_receiver_to_find():
     arrived, _ = travelled("bf16", torch.tensor([float("nan"), float("inf"), 3.4e38, 0.0]), 4)
     assert arrived.isfinite().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("count", [16, 8192, 5 * 8192, 2 * 8192 + 4112])
+def test_int4_travels_in_four_bits_between_ends_that_are_alike(count):
+    """In pieces of two blocks; both directions at once."""
+    piece_bytes = 4 * 2 * 8192
+    torch.manual_seed(0)
+    one = torch.randn(count)
+    other = one + torch.randn(count) * 0.01
+    spacing = spacings(*(sketch(rotate(values)) for values in (one, other)))
+    ends = [RemainderWire(piece_of(values), spacing, piece_bytes) for values in (one, other)]
+    arrived, moved = [torch.zeros(count), torch.zeros(count)], 0
+    for start in range(0, 4 * count, piece_bytes):
+        here = slice(start, start + piece_bytes)
+        packed = [end.pack(start, piece_of(values)[here]) for end, values in zip(ends, (one, other), strict=True)]
+        for end, (travelling, digested), values in zip(ends[::-1], packed, arrived[::-1], strict=True):
+            piece = piece_of(values)[here]
+            end.space(piece)[:] = travelling
+            assert end.unpack(start, piece) == digested
+            moved += len(travelling)
+    assert moved == 2 * ends[0].size(4 * count) == 2 * -(-count // 8192) * 4096
+    for values, found in ((one, arrived[1]), (other, arrived[0])):
+        assert (found - values).norm() < 0.5 * (one - other).norm()
+    assert sketch_bytes(4 * count) == 2 * sketch(rotate(one)).numel()
+
+
+def test_a_whole_state_travels_as_bfloat16_beside_int4():
+    assert isinstance(wire_format("int4", PIECE), Bfloat16Wire)

@@ -218,7 +218,8 @@ class PopulationOptions:
                                   "8 windows of 256 bytes)", _FRACTION)  # fmt: skip
     gossip_payload: str = _option("weights", "send weights alone, or with the optimizer's second moments",
                                   choices=PAYLOADS)  # fmt: skip
-    gossip_wire_dtype: str = _option("bf16", "how numbers travel: rounded to bf16, or whole at twice the bytes",
+    gossip_wire_dtype: str = _option("bf16", "how numbers travel: rounded to bf16; fp32 as they are; int4 as "
+                                     "remainders of four bits, but for a clone, which travels in bf16",
                                      choices=WIRE_DTYPES)  # fmt: skip
     evolve: list[str] = _option([], "hyperparameters that evolve, of lr,weight_decay,grad_clip: each rank draws its "
                                 "own, and who takes a winner's weights inherits them, mutated", many=True,

@@ -193,8 +193,13 @@ def terms(options: Options, weights: TrainedWeights, corpus: Corpus) -> dict[str
 
 
 def gossip_config(options: Options) -> GossipConfig:
-    """The population's options as gossip knows them."""
+    """The population's options as gossip knows them. Raises UserError where they do not go together."""
     population = options.population
+    if population.gossip_wire_dtype == "int4" and population.gossip_payload == "full":
+        raise UserError(
+            "expected --gossip_payload weights beside --gossip_wire_dtype int4, whose rounding could make a second "
+            "moment negative, got full: choose another of the two"
+        )
     return GossipConfig(
         mixing_rate=population.gossip_mixing_rate,
         policy=Policy(

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from bench.evolution.policy import Policy, require
 from bench.evolution.replica import Replica, weights_only
+from gossip import lattice
 from gossip.decision import Policy as Decider
 from gossip.decision import decide
 from gossip.fitness_tracker import FitnessTracker
 from gossip.merge import merge_judged
 from gossip.protocol import Flow, Hello
 from gossip.state import StateBuffer
-from gossip.wire_format import WIRE_DTYPES
+from gossip.wire_format import WIRE_DTYPES, sketch_bytes
 from training.fitness import Fitness
 from training.options import PAYLOADS, PopulationOptions
 from training.probe import Probe
@@ -28,9 +29,9 @@ from training.probe import Probe
 @dataclass
 class Meeting(Policy):
     """Two replicas meet, by train.py's defaults where it has them. p: chance a step that a replica calls; payload:
-    weights, or full (with second moments); wire: bf16 (rounded to nearest), or fp32; rollback: nats per byte by which a
-    merge may make the receiver worse on its probe (inf: not judged); shun: nobody meets so many of the replicas, the
-    last ones (those that corrupt=N corrupts).
+    weights, or full (with second moments); wire: bf16 (rounded to nearest), fp32, or int4 (see gossip.lattice);
+    rollback: nats per byte by which a merge may make the receiver worse on its probe (inf: not judged); shun: nobody
+    meets so many of the replicas, the last ones (those that corrupt=N corrupts).
     """
 
     p: float = PopulationOptions.gossip_mixing_rate
@@ -43,6 +44,7 @@ class Meeting(Policy):
         require(0 <= self.p <= 1, "p", "a chance from 0 to 1", self.p)
         require(self.payload in PAYLOADS, "payload", " or ".join(PAYLOADS), self.payload)
         require(self.wire in WIRE_DTYPES, "wire", " or ".join(WIRE_DTYPES), self.wire)
+        require(self.wire != "int4" or self.payload == "weights", "payload", "weights beside wire=int4", self.payload)
 
     def begin(self, replicas: list[Replica], dice: random.Random) -> None:
         super().begin(replicas, dice)
@@ -64,6 +66,8 @@ class Meeting(Policy):
         """Each takes the mean of both."""
         for replica, buffer in zip((first, second), self._whole, strict=True):
             self._snapshot(replica, buffer)
+        if self.wire == "int4" and not self._as_remainders(self._whole):
+            return
         self.leave_out(first, second)
         self._receive(first, self._whole[1], "average", 0.5)
         self._receive(second, self._whole[0], "average", 0.5)
@@ -75,6 +79,11 @@ class Meeting(Policy):
     def send(self, winner: Replica, loser: Replica, method: str, alpha: float) -> bool:
         """The winner's weights flow into the loser; whether they stayed there."""
         self._snapshot(winner, self._whole[0])
+        if self.wire == "int4":
+            self._whole[1].copy_from(loser.live)
+            loser.sent += sketch_bytes(self._sent.nbytes)
+            if not self._as_remainders(self._whole, both=False):
+                return False
         kept = self._receive(loser, self._whole[0], method, alpha)
         if kept and method == "clonal":
             loser.weights.load_scalars(self._scalars_for(loser, winner))
@@ -95,8 +104,32 @@ class Meeting(Policy):
                 view.copy_(view.bfloat16())
         replica.sent += self.bytes_sent()
 
+    @torch.no_grad()
+    def _as_remainders(self, buffers: list[StateBuffer], both: bool = True) -> bool:
+        """Both buffers as they arrive at the other rank's, or the first alone; False where they are too far apart."""
+        flat = [torch.cat([view.view(-1) for view in self._views(buffer)]) for buffer in buffers]
+        rotated = [lattice.rotate(values) for values in flat]
+        spacing = lattice.spacings(*map(lattice.sketch, rotated))
+        for sender, receiver in ((0, 1), (1, 0))[: 2 if both else 1]:
+            packed, expected = lattice.encode(rotated[sender], spacing)
+            arrived = rotated[receiver].clone()
+            if not torch.equal(lattice.decode(packed, arrived, spacing), expected):
+                self.counts["too far apart"] += 1
+                return False
+            lattice.unrotate(arrived, flat[sender])
+        for values, buffer in zip(flat, buffers, strict=True):
+            views = self._views(buffer)
+            for view, part in zip(views, values.split([view.numel() for view in views]), strict=True):
+                view.view(-1).copy_(part)
+        return True
+
+    def _views(self, buffer: StateBuffer) -> list[Tensor]:
+        return [buffer.views[spec.name] for spec in self._sent.tensors]
+
     def bytes_sent(self) -> float:
         """By a replica at a meeting at which its weights travel."""
+        if self.wire == "int4":
+            return self._sent.nbytes / 8 + sketch_bytes(self._sent.nbytes)
         return self._sent.nbytes / (2 if self.wire == "bf16" else 1)
 
     def _receive(self, replica: Replica, buffer: StateBuffer, method: str, alpha: float) -> bool:

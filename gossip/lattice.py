@@ -3,11 +3,12 @@
 Ranks that meet often differ little from each other, beside how large their weights are. So each number is rounded to
 the nearest multiple of a spacing d, number k of them, and only k mod 16 travels: of all the multiples with that rest,
 the receiver takes the one nearest to its own number, and finds k as long as the two differ by less than 7.5 d. A
-digest over more bits of k than travel shows that it did. Both ends choose d for each block from a few samples of both.
+digest over more bits of k than travel shows that it did. Both ends choose d for each block from a few samples of both:
+1.2 times their root mean square distance.
 
 Blocks are rotated before, at random but alike at both ends, so that what two ranks differ by spreads over a block
-evenly: no number is far off while the others are near. Rounding then adds d^2 / 12 to each, of one root mean square
-distance d: a twelfth of the difference's own energy.
+evenly: no number is far off while the others are near. Rounding adds d^2 / 12 to each, an eighth of the difference's
+own energy.
 
 After "New Bounds for Distributed Mean Estimation and Variance Reduction", arXiv 2002.09268 (rotated lattices), and
 "Moniqua", arXiv 2002.11787 (remainders between neighbours).
@@ -20,11 +21,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 from runtime.native import load_or_warn
 
 BLOCK = 8192  # numbers that are rotated together and share a spacing
-SAMPLES = 32  # numbers of a rotated block that travel before it, in bfloat16
+SAMPLES = 32  # numbers of a rotated block that travel before it, in float32
+_COARSER = 1.2  # a spacing over the distance that samples show: there are few of them
+_NEIGHBOURS = 9  # blocks whose samples are looked at beside a block's own
 LEVELS = 16
 _SIDES = (32, 16, 16)  # of a block seen as a box, which is rotated along each of them
 _FINEST = 2.0**-14  # of a spacing, as a share of the numbers' own root mean square: k stays below 2**24, exact
@@ -68,16 +72,22 @@ def unrotate(rotated: Tensor, values: Tensor) -> None:
 
 
 def sketch(rotated: Tensor) -> Tensor:
-    """What both ends tell each other of their blocks first: (blocks, SAMPLES) in bfloat16."""
-    return rotated[:, _sampled()].bfloat16()
+    """What both ends tell each other of their blocks first: (blocks, SAMPLES) in float32."""
+    return rotated[:, _sampled()]
 
 
 def spacings(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Of each block, from both ends' sketches, in whichever order: how far they are apart, root mean square."""
+    """Of each block, from both ends' sketches, in whichever order: somewhat more than how far they are apart.
+
+    By a block's own samples or by its neighbours', whichever says more: of the hundred thousands of blocks of a large
+    model some have samples that happen to lie near each other.
+    """
     mine, theirs = mine.double(), theirs.double()
     apart = (mine - theirs).square().mean(1)
+    around = avg_pool1d(apart[None], _NEIGHBOURS, 1, _NEIGHBOURS // 2, count_include_pad=False)[0]
     size = (mine.square() + theirs.square()).mean(1)
-    return torch.maximum(apart, size * _FINEST**2).sqrt().clamp(min=1e-30).float()
+    finest = size * _FINEST**2
+    return (_COARSER * torch.maximum(torch.maximum(apart, around), finest).sqrt()).clamp(min=1e-30).float()
 
 
 def encode(rotated: Tensor, spacing: Tensor) -> tuple[Tensor, Tensor]:

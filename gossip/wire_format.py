@@ -110,7 +110,7 @@ class RemainderWire:
 
 def sketch_bytes(nbytes: int) -> int:
     """How long the sketch of a payload of `nbytes` is."""
-    return 2 * lattice.SAMPLES * lattice.blocks_of(nbytes // 4)
+    return 4 * lattice.SAMPLES * lattice.blocks_of(nbytes // 4)
 
 
 def sketch_of(piece: memoryview) -> torch.Tensor:

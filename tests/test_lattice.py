@@ -62,7 +62,7 @@ def test_what_arrives_is_near_beside_how_far_the_two_were_apart(kernel, count, d
     one, other = pair(count, distance)
     arrived, agreed = sent(one, other)
     assert agreed
-    assert (arrived - one).norm() < 0.4 * (other - one).norm()  # one spacing over the root of 12 is 0.29
+    assert (arrived - one).norm() < 0.5 * (other - one).norm()  # a spacing of 1.2 over the root of 12 is 0.35
 
 
 def test_rounding_errors_are_centred(kernel):
@@ -76,7 +76,7 @@ def test_outliers_arrive(kernel):
     one, other = pair(2 * BLOCK, 0.001)
     other[:96] += 1.0
     arrived, agreed = sent(one, other)
-    assert agreed and (arrived - one).norm() < 0.4 * (other - one).norm()
+    assert agreed and (arrived - one).norm() < 0.5 * (other - one).norm()
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1.0, 1e20])
@@ -89,7 +89,17 @@ def test_ends_that_are_equal_or_zero_or_large_agree(kernel, factor):
 def test_both_ends_choose_the_same_spacing(kernel):
     one, other = (sketch(rotate(values)) for values in pair(10 * BLOCK, 0.01))
     assert torch.equal(spacings(one, other), spacings(other, one))
-    assert torch.allclose(spacings(one, other), torch.full((10,), 0.01), rtol=0.5)
+    assert torch.allclose(spacings(one, other), torch.full((10,), 0.012), rtol=0.5)
+
+
+def test_many_blocks_whose_samples_are_few_all_arrive(kernel):
+    """Ends that differ by less than bfloat16 could tell: 300 blocks in a hundred meetings."""
+    one, other = pair(300 * BLOCK, 1e-4)
+    ours, theirs = rotate(one), rotate(other)
+    distance = (ours - theirs).abs().amax(1)
+    for first in range(100):
+        picked = (torch.arange(lattice.SAMPLES) * 97 + first * 31) % BLOCK
+        assert (7.5 * spacings(ours[:, picked], theirs[:, picked]) > distance).all()
 
 
 def test_ends_too_far_apart_are_found_out(kernel):

@@ -136,7 +136,7 @@ def test_converse_by_remainders_brings_states_that_are_near(method):
 def test_converse_by_remainders_sends_a_quarter_of_bfloat16s_bytes():
     sent = {}
     for wire_dtype in ("bf16", "int4"):
-        parties = [Party(rank, 1.0, 3.0, "average", wire_dtype=wire_dtype) for rank in range(2)]
+        parties = [Party(rank, rank + 1.0, 3.0, "average", wire_dtype=wire_dtype) for rank in range(2)]
         with counting() as counted:
             talk(*parties)
         sent[wire_dtype] = counted()
@@ -151,14 +151,14 @@ def test_converse_clones_in_bfloat16_beside_remainders():
 
 @pytest.mark.parametrize("strange", [0, 1])
 def test_converse_by_remainders_ends_where_one_is_not_finite(strange):
-    parties = [Party(rank, 1.0, 3.0, "average", wire_dtype="int4") for rank in range(2)]
+    parties = [Party(rank, rank + 1.0, 3.0, "average", wire_dtype="int4") for rank in range(2)]
     next(iter(parties[strange].send_buffer.views.values())).view(-1)[7] = float("nan")
     assert Fault.NOT_FINITE in talk(*parties)
     assert received(parties[0], 0.0) and received(parties[1], 0.0)
 
 
 def test_converse_by_remainders_ends_where_a_sketch_is_not_what_was_sent(monkeypatch):
-    parties = [Party(rank, 1.0, 3.0, "average", wire_dtype="int4") for rank in range(2)]
+    parties = [Party(rank, rank + 1.0, 3.0, "average", wire_dtype="int4") for rank in range(2)]
     send, spoilt = Wire.send, []
 
     async def flip(wire, content):

@@ -7,6 +7,7 @@ from gossip.comparison import Evidence
 from gossip.decision import Policy
 from gossip.faults import Fault
 from gossip.protocol import Flow
+from gossip.state import Rule, Schema
 from runtime.errors import UserError
 from tests.gossip_helpers import Rank, RawPeer, counted, hello, last_event, make_state, ranks, until, values_of
 
@@ -111,6 +112,25 @@ def test_bfloat16_moves_half_the_bytes_and_rounds(tmp_path):
         assert values_of(other) == {float(sent if dtype == "fp32" else sent.bfloat16())}
     header = moved["fp32"] - one.schema.nbytes
     assert abs(moved["bf16"] - header - one.schema.nbytes // 2) < 64
+
+
+def test_remainders_of_four_bits_bring_both_near_the_mean(tmp_path):
+    def state(value):
+        live = {name: tensor for name, tensor in make_state(value)[0].items() if not name.endswith("v")}
+        return live, Schema.of(live, dict.fromkeys(live, Rule.WEIGHT), {})
+
+    config = {"fitness": "probe", "wire_dtype": "int4"}
+    one = Rank(tmp_path, 0, state=state(1.0), **config)
+    other = Rank(tmp_path, 1, state=state(3.0), peers=(one.node.address,), **config)
+    with ranks(one, other):
+        for rank, measured in ((one, GOOD), (other, EVEN)):
+            rank.evidence = Evidence(PROBE, measured)
+            rank.boundary()
+        other.call()
+        until(lambda: counted(one, averaged=1) and counted(other, averaged=1), one, other)
+    for rank in (one, other):
+        values = torch.cat([tensor.view(-1) for tensor in rank.live.values()])
+        assert 0 < (values - 2).square().mean().sqrt() < 0.5  # half of what rounding adds to a distance of 2
 
 
 @pytest.mark.parametrize("genes", [{}, {"lr": 0.1, "grad_clip": 1.0}])

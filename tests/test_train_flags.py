@@ -307,6 +307,11 @@ def test_standing_of_is_none_without_a_ranking():
     ]  # fmt: skip
 
 
+def test_second_moments_do_not_travel_as_remainders(run_train):
+    with pytest.raises(UserError, match="--gossip_payload weights beside --gossip_wire_dtype int4.*got full"):
+        run_train("run", "--train_steps", "1", "--gossip_wire_dtype", "int4", "--gossip_payload", "full", *QUIET)
+
+
 def test_gossip_flags_reach_the_node_and_the_tracker(run_train, monkeypatch):
     seen = {}
 

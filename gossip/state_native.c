@@ -1,5 +1,6 @@
 /* Passes over float32 values of a state that read and write each of them once. */
 #include <stdint.h>
+#include <string.h>
 
 #define BLOCK 4096 /* squares are added up in float32 within a block, in float64 from block to block */
 
@@ -52,4 +53,22 @@ double energy(const float *values, int64_t count) {
         total += sum;
     }
     return total;
+}
+
+/* Each value rounded to the nearest bfloat16, ties to even; a NaN stays one. On the calling thread alone. */
+void narrow(const float *restrict values, uint16_t *restrict rounded, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof bits);
+        uint32_t near = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        rounded[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : near;
+    }
+}
+
+/* The same values as float32. On the calling thread alone. */
+void widen(const uint16_t *restrict rounded, float *restrict values, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)rounded[i] << 16;
+        memcpy(values + i, &bits, sizeof bits);
+    }
 }

@@ -20,7 +20,9 @@ def kernels() -> CDLL | None:
     library.merge_piece.argtypes = [c_void_p] * 3 + [c_int64, c_float, c_int, c_void_p]
     library.extremes.argtypes = [c_void_p, c_int64, c_void_p]
     library.energy.argtypes = [c_void_p, c_int64]
-    library.merge_piece.restype = library.extremes.restype = None
+    library.narrow.argtypes = library.widen.argtypes = [c_void_p, c_void_p, c_int64]
+    for name in ("merge_piece", "extremes", "narrow", "widen"):
+        getattr(library, name).restype = None
     library.energy.restype = c_double
     return library
 
@@ -51,3 +53,20 @@ def extremes(values: np.ndarray) -> tuple[float, float]:
 def energy(values: np.ndarray) -> float:
     """The sum of the squares of float32 values, inf where single precision cannot hold it. Any thread may call it."""
     return kernels().energy(values.ctypes.data, values.size)
+
+
+def narrow(values: Tensor, rounded: Tensor) -> None:
+    """Round float32 `values` to as many bfloat16. Any thread may call it, and starts no others where there is a
+    compiler: on a busy machine it would wait for them, ten times as long."""
+    if kernels() is None:
+        rounded.copy_(values)
+    else:
+        kernels().narrow(values.data_ptr(), rounded.data_ptr(), len(values))
+
+
+def widen(rounded: Tensor, values: Tensor) -> None:
+    """The way back, likewise."""
+    if kernels() is None:
+        values.copy_(rounded)
+    else:
+        kernels().widen(rounded.data_ptr(), values.data_ptr(), len(values))

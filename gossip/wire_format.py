@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from gossip import lattice
+from gossip import lattice, state_native
 
 WIRE_DTYPES = ("fp32", "bf16", "int4")
 
@@ -61,16 +61,16 @@ class Bfloat16Wire:
 
     def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
         values = _floats(piece)
-        self._outgoing[: len(values)].copy_(values)
-        packed = _bytes(self._outgoing[: len(values)])
-        return packed, packed
+        rounded = self._outgoing[: len(values)]
+        state_native.narrow(values, rounded)
+        return _bytes(rounded), _bytes(rounded)
 
     def space(self, piece: memoryview) -> memoryview:
         return _bytes(self._incoming[: len(piece) // 4])
 
     def unpack(self, start: int, piece: memoryview) -> memoryview:
         values = _floats(piece)
-        values.copy_(self._incoming[: len(values)])
+        state_native.widen(self._incoming[: len(values)], values)
         return self.space(piece)
 
 

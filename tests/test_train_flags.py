@@ -308,7 +308,7 @@ def test_standing_of_is_none_without_a_ranking():
 
 
 def test_second_moments_do_not_travel_as_remainders(run_train):
-    with pytest.raises(UserError, match="--gossip_payload weights beside --gossip_wire_dtype int4.*got full"):
+    with pytest.raises(UserError, match=r"--gossip_payload weights beside --gossip_wire_dtype int4.*got full"):
         run_train("run", "--train_steps", "1", "--gossip_wire_dtype", "int4", "--gossip_payload", "full", *QUIET)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gossip import state_native
 from gossip.lattice import rotate, sketch, spacings
 from gossip.wire_format import Bfloat16Wire, RemainderWire, sketch_bytes, wire_format
 
@@ -52,6 +53,20 @@ def test_bf16_sends_and_receives_at_once_without_mixing():
     assert bytes(packed) == bytes(memoryview(mine.bfloat16().view(torch.uint8).numpy()))
     end.unpack(0, piece_of(arrived))
     assert torch.equal(arrived, theirs)
+
+
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+def test_bf16_is_torchs_whoever_rounds(monkeypatch, kernel):
+    """Every exponent and sign, ties, numbers too small or too large for a rounding that stays finite, NaN."""
+    if kernel == "torch":
+        monkeypatch.setattr(state_native, "kernels", lambda: None)
+    upper = torch.arange(2**16, dtype=torch.int32) << 16
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        values = (upper | lower).view(torch.float32)
+        arrived, _ = travelled("bf16", values, 1024)
+        assert torch.equal(arrived.isnan(), values.isnan())
+        known = ~values.isnan()
+        assert torch.equal(arrived[known], values.bfloat16().float()[known])
 
 
 def test_bf16_keeps_what_is_not_finite_for_the_receiver_to_find():

@@ -1,8 +1,9 @@
 """Moving a whole state between two processes on loopback, beside bare sockets and pickled files; the parts alone.
 
 In turn: sendall / recv_into of the same buffers in pieces of 4 MiB; a whole conversation (handshake, HELLO, DECISION,
-the payload with digest and checks at both ends, RECEIPT); the same with the merge behind it; and what the predecessor
-did: pickle to a file, send that, write it to a file, unpickle, merge.
+the payload with digest and checks at both ends, RECEIPT); the same with numbers in bfloat16 and as remainders of four
+bits; the first with the merge behind it; and what the predecessor did: pickle to a file, send that, write it to a file,
+unpickle, merge.
 """
 
 import asyncio
@@ -44,17 +45,22 @@ MERGE_MOVES = 5  # states: reads the live one, the peer's and one's own, writes 
 
 
 class BenchParty:
-    """An end whose snapshot is ready at once; live: what it merges into."""
+    """An end whose snapshot is ready at once, and alike at both; live: what it merges into."""
 
-    policy = Policy(method="clonal")
     scalar_names = frozenset({"k"})
     gene_names = frozenset()
 
     def __init__(self, live: dict[str, Tensor], schema: Schema, rank: int) -> None:
         self.live, self.schema = live, schema
         self.send_buffer = self.receive_buffer = StateBuffer(schema)
-        self.wire_format = wire_format("fp32", ENGINE_PIECE_BYTES)
+        self.send_buffer.copy_from(live)
         self.rank = rank
+        self.speak("fp32")
+
+    def speak(self, wire_dtype: str) -> None:
+        """Let numbers travel so from now on; as they are, in whole states, which take no snapshot at the receiver."""
+        self.policy = Policy(method="clonal" if wire_dtype == "fp32" else "recombination")
+        self.wire_dtype, self.wire_format = wire_dtype, wire_format(wire_dtype, ENGINE_PIECE_BYTES)
 
     def hello(self, theirs: Hello | None) -> Hello:
         return Hello("bench", self.schema.hash, self.rank, f"{self.rank:032x}", 0, 0, 0, float(self.rank), True)
@@ -72,9 +78,10 @@ class BenchParty:
 def make_state(megabytes: int) -> tuple[dict[str, Tensor], Schema]:
     """y, z and v in tensors of 4 MB, as many as it takes."""
     live, rules = {}, {}
+    torch.manual_seed(0)
     for number in range(max(megabytes * 10**6 // (3 * 4 * TENSOR_ITEMS), 1)):
         for part, rule in (("y", Rule.WEIGHT), ("z", Rule.WEIGHT), ("v", Rule.SECOND_MOMENT)):
-            live[f"{number}.{part}"] = torch.rand(TENSOR_ITEMS)
+            live[f"{number}.{part}"] = torch.rand(TENSOR_ITEMS) + 1
             rules[f"{number}.{part}"] = rule
     return live, Schema.of(live, rules, {})
 
@@ -85,15 +92,19 @@ def measure(setting: Setting) -> Iterator[Row]:
     live, schema = make_state(megabytes)
     size = f"{schema.nbytes / 1e6:.0f} MB"
     party = BenchParty(live, schema, rank=0)
-    party.send_buffer.copy_from(live)
     with _peer(megabytes) as (pipe, port):
-        ways = ("bare sockets", "conversation", "conversation and merge", "pickled files and merge")
+        ways = (
+            "bare sockets", "conversation", "conversation in bf16", "conversation in int4", "conversation and merge",
+            "pickled files and merge",
+        )  # fmt: skip
         turns = Turns(setting, {way: lambda way=way: _send(way, pipe, port, party) for way in ways}, rounds=9)
     spare = len(os.sched_getaffinity(0)) >= 4
     goals = (None, None) if setting.quick else (Goal(">=", 0.8 if spare else 0.55), Goal(">=", 5))
     yield turns.share_of(f"{size}, a conversation", "conversation", "bare sockets", goals[0])
     yield turns.faster(f"{size}, with the merge", "conversation and merge", "pickled files and merge", goals[1])
     yield Row(f"{size}, a conversation", schema.nbytes / turns.median("conversation") / 1e9, "GB/s")
+    for wire_dtype in ("bf16", "int4"):
+        yield turns.faster(f"{size}, a conversation in {wire_dtype}", f"conversation in {wire_dtype}", "conversation")
     yield from _parts(setting, party, size)
     yield _boundary(setting, live, schema)
 
@@ -168,7 +179,7 @@ def _receiver(pipe: Connection, megabytes: int, threads: int) -> None:
                 if way == "bare sockets":
                     _fill(connection, party.receive_buffer.bytes)
                 elif way.startswith("conversation"):
-                    asyncio.run(_talk(connection, party, initiator=False))
+                    asyncio.run(_talk(way, connection, party, initiator=False))
                     if way.endswith("merge"):
                         views = party.receive_buffer.views
                         merge(party.live, party.schema, views, own.views, "recombination", 0.5)
@@ -185,14 +196,15 @@ def _send(way: str, pipe: Connection, port: int, party: BenchParty) -> None:
             for piece in _pieces(party.send_buffer.bytes):
                 connection.sendall(piece)
         elif way.startswith("conversation"):
-            asyncio.run(_talk(connection, party, initiator=True))
+            asyncio.run(_talk(way, connection, party, initiator=True))
         else:
             _send_pickled(connection, party.live)
     pipe.recv()
 
 
-async def _talk(connection: socket.socket, party: BenchParty, initiator: bool) -> None:
+async def _talk(way: str, connection: socket.socket, party: BenchParty, initiator: bool) -> None:
     wire = Wire(connection)
+    party.speak(way.removeprefix("conversation in ") if " in " in way else "fp32")
     session = await authenticate(wire, KEY, initiator)
     await converse(Channel(wire, session.send_key, session.receive_key), party, initiator)
 

@@ -102,7 +102,7 @@ async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
         own = await party.snapshot(mine.generation)
     form = party.wire_format
     if party.wire_dtype == "int4" and (sends or receives) and not decision.whole:
-        form = await _remainders(channel, own.buffer.bytes)
+        form = await _remainders(channel, own.buffer.bytes, settle=sends and receives)
     if sends and receives:
         _, (received, fault) = await _together(_send(channel, form, own), _receive(channel, party, form, theirs))
     elif sends:
@@ -157,8 +157,11 @@ def _check_kinship(mine: Hello, theirs: Hello) -> None:
         raise ProtocolError(Fault.RANK_TAKEN, f"another process is rank {mine.rank}: {theirs.incarnation}")
 
 
-async def _remainders(channel: Channel, own: memoryview) -> RemainderWire:
-    """The format of a conversation in which both ends have told each other a sketch of their weights, `own` of mine."""
+async def _remainders(channel: Channel, own: memoryview, settle: bool) -> RemainderWire:
+    """The format of a conversation in which both ends have told each other a sketch of their weights, `own` of mine.
+
+    settle: for a mean, which is to be taken of what both are rounded to, so that it keeps the pair's sum.
+    """
     sketches = []
     for start in range(0, len(own), PIECE_BYTES):
         sketches.append(sketch_of(own[start : start + PIECE_BYTES]))
@@ -168,7 +171,7 @@ async def _remainders(channel: Channel, own: memoryview) -> RemainderWire:
     for sketch, whose in ((mine, "own"), (theirs, "the peer's")):
         if not sketch.isfinite().all():
             raise ProtocolError(Fault.NOT_FINITE, f"in {whose} weights")
-    return RemainderWire(own, spacings(mine, theirs), PIECE_BYTES)
+    return RemainderWire(own, spacings(mine, theirs), PIECE_BYTES, settle)
 
 
 async def _tell(channel: Channel, sketch: Tensor) -> None:

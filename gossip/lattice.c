@@ -54,17 +54,22 @@ void unrotate(float *rotated, int64_t count, const float *signs, float *values) 
     }
 }
 
-void encode(const float *restrict rotated, int64_t blocks, const float *restrict spacing, uint8_t *restrict packed,
+// rotated becomes what the receiver will find.
+void encode(float *restrict rotated, int64_t blocks, const float *restrict spacing, uint8_t *restrict packed,
             uint8_t *restrict digested) {
     for (int64_t block = 0; block < blocks; block++) {
-        const float *x = rotated + block * BLOCK, each = 1.0f / spacing[block];
+        float *x = rotated + block * BLOCK, each = 1.0f / spacing[block];
         uint8_t *low = digested + block * BLOCK, *out = packed + block * (BLOCK / 2);
-        for (int64_t i = 0; i < BLOCK; i++) low[i] = (uint8_t)(int32_t)rintf(x[i] * each);
+        for (int64_t i = 0; i < BLOCK; i++) {
+            float place = rintf(x[i] * each);
+            x[i] = place * spacing[block];
+            low[i] = (uint8_t)(int32_t)place;
+        }
         for (int64_t i = 0; i < BLOCK / 2; i++) out[i] = (low[i] & 15) | (low[i + BLOCK / 2] << 4);
     }
 }
 
-// rotated: the receiver's own blocks; afterwards the sender's.
+// rotated: the receiver's own blocks; afterwards what the sender's became.
 void decode(const uint8_t *restrict packed, int64_t blocks, const float *restrict spacing, float *restrict rotated,
             uint8_t *restrict digested) {
     for (int64_t block = 0; block < blocks; block++) {

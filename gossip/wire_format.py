@@ -77,12 +77,13 @@ class Bfloat16Wire:
 class RemainderWire:
     """Four bits of each float32, from which a receiver that has `own`, a payload like the sender's, finds the rest.
 
-    spacing: of the payload's blocks, the same at both ends. The digest is taken of more bits than travel.
+    spacing: of the payload's blocks, the same at both ends. The digest is taken of more bits than travel. settle:
+    `own`, which is the payload that is sent, becomes what its receiver takes it for.
     """
 
-    def __init__(self, own: memoryview, spacing: torch.Tensor, piece_bytes: int) -> None:
+    def __init__(self, own: memoryview, spacing: torch.Tensor, piece_bytes: int, settle: bool = False) -> None:
         assert piece_bytes % (4 * lattice.BLOCK) == 0
-        self._own, self._spacing = own, spacing
+        self._own, self._spacing, self._settle = own, spacing, settle
         self._incoming = torch.empty(piece_bytes // 8, dtype=torch.uint8)
 
     def size(self, nbytes: int) -> int:
@@ -91,6 +92,8 @@ class RemainderWire:
     def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
         rotated = lattice.rotate(_floats(piece))
         packed, digested = lattice.encode(rotated, self._spacings(start, len(rotated)))
+        if self._settle:
+            lattice.unrotate(rotated, _floats(piece))
         return _bytes(packed.view(-1)), _bytes(digested.view(-1))
 
     def space(self, piece: memoryview) -> memoryview:

@@ -75,14 +75,16 @@ def test_bf16_keeps_what_is_not_finite_for_the_receiver_to_find():
 
 
 @pytest.mark.parametrize("count", [16, 8192, 5 * 8192, 2 * 8192 + 4112])
-def test_int4_travels_in_four_bits_between_ends_that_are_alike(count):
+@pytest.mark.parametrize("settle", [False, True])
+def test_int4_travels_in_four_bits_between_ends_that_are_alike(count, settle):
     """In pieces of two blocks; both directions at once."""
     piece_bytes = 4 * 2 * 8192
     torch.manual_seed(0)
     one = torch.randn(count)
     other = one + torch.randn(count) * 0.01
     spacing = spacings(*(sketch(rotate(values)) for values in (one, other)))
-    ends = [RemainderWire(piece_of(values), spacing, piece_bytes) for values in (one, other)]
+    exact = [one.clone(), other.clone()]
+    ends = [RemainderWire(piece_of(values), spacing, piece_bytes, settle) for values in (one, other)]
     arrived, moved = [torch.zeros(count), torch.zeros(count)], 0
     for start in range(0, 4 * count, piece_bytes):
         here = slice(start, start + piece_bytes)
@@ -93,8 +95,9 @@ def test_int4_travels_in_four_bits_between_ends_that_are_alike(count):
             assert end.unpack(start, piece) == digested
             moved += len(travelling)
     assert moved == 2 * ends[0].size(4 * count) == 2 * -(-count // 8192) * 4096
-    for values, found in ((one, arrived[1]), (other, arrived[0])):
-        assert (found - values).norm() < 0.5 * (one - other).norm()
+    for values, kept, found in zip(exact, (one, other), arrived[::-1], strict=True):
+        assert 0 < (found - values).norm() < 0.5 * (exact[0] - exact[1]).norm()
+        assert torch.equal(kept, found if settle else values)
     assert sketch_bytes(4 * count) == 4 * sketch(rotate(one)).numel()
 
 

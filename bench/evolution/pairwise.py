@@ -49,6 +49,7 @@ class Meeting(Policy):
     def begin(self, replicas: list[Replica], dice: random.Random) -> None:
         super().begin(replicas, dice)
         self._whole = [StateBuffer(replicas[0].schema) for _ in range(2)]
+        self._rounded = [StateBuffer(replicas[0].schema) for _ in range(2)]
         self._sent = replicas[0].schema if self.payload == "full" else weights_only(replicas[0].schema)
 
     def after_step(self, step: int) -> None:
@@ -66,11 +67,16 @@ class Meeting(Policy):
         """Each takes the mean of both."""
         for replica, buffer in zip((first, second), self._whole, strict=True):
             self._snapshot(replica, buffer)
-        if self.wire == "int4" and not self._as_remainders(self._whole):
-            return
+        own: list[StateBuffer | None] = [None, None]
+        if self.wire == "int4":
+            if not self._as_remainders(self._whole):
+                return
+            own = self._rounded
+            for buffer, rounded in zip(self._whole, own, strict=True):
+                rounded.copy_from(buffer.views)
         self.leave_out(first, second)
-        self._receive(first, self._whole[1], "average", 0.5)
-        self._receive(second, self._whole[0], "average", 0.5)
+        self._receive(first, self._whole[1], "average", 0.5, own[0])
+        self._receive(second, self._whole[0], "average", 0.5, own[1])
         self.counts["averaged"] += 1
 
     def leave_out(self, first: Replica, second: Replica) -> None:
@@ -110,14 +116,13 @@ class Meeting(Policy):
         flat = [torch.cat([view.view(-1) for view in self._views(buffer)]) for buffer in buffers]
         rotated = [lattice.rotate(values) for values in flat]
         spacing = lattice.spacings(*map(lattice.sketch, rotated))
-        for sender, receiver in ((0, 1), (1, 0))[: 2 if both else 1]:
-            packed, expected = lattice.encode(rotated[sender], spacing)
-            arrived = rotated[receiver].clone()
-            if not torch.equal(lattice.decode(packed, arrived, spacing), expected):
+        sent = [lattice.encode(own, spacing) for own in rotated[: 2 if both else 1]]
+        for (packed, expected), receiver in zip(sent, rotated[::-1], strict=False):
+            if not torch.equal(lattice.decode(packed, receiver.clone(), spacing), expected):
                 self.counts["too far apart"] += 1
                 return False
-            lattice.unrotate(arrived, flat[sender])
-        for values, buffer in zip(flat, buffers, strict=True):
+        for values, own, buffer in zip(flat, rotated, buffers, strict=True):
+            lattice.unrotate(own, values)
             views = self._views(buffer)
             for view, part in zip(views, values.split([view.numel() for view in views]), strict=True):
                 view.view(-1).copy_(part)
@@ -132,9 +137,12 @@ class Meeting(Policy):
             return self._sent.nbytes / 8 + sketch_bytes(self._sent.nbytes)
         return self._sent.nbytes / (2 if self.wire == "bf16" else 1)
 
-    def _receive(self, replica: Replica, buffer: StateBuffer, method: str, alpha: float) -> bool:
+    def _receive(
+        self, replica: Replica, buffer: StateBuffer, method: str, alpha: float, own: StateBuffer | None = None
+    ) -> bool:
         judge = None if math.isinf(self.rollback) else replica.fitness.judge
-        trial = merge_judged(replica.live, self._sent, buffer.views, None, method, alpha, judge, self.rollback)
+        base = None if own is None else own.views
+        trial = merge_judged(replica.live, self._sent, buffer.views, base, method, alpha, judge, self.rollback)
         if trial.kept:
             replica.merges += 1
             replica.replaced(judged=judge is not None)

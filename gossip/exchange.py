@@ -36,6 +36,7 @@ from gossip.state import Schema, Snapshot, StateBuffer, payload_fault, weight_en
 from gossip.wire import Channel
 from gossip.wire_format import RemainderWire, WireFormat, sketch_of
 
+MOST_LEFT_OUT = 0.25  # of a payload: more of it says that the sketches told nothing
 PIECE_BYTES = 512 * 1024  # of payload at a time: it stays in the cache from the kernel to the digest and the checks
 
 
@@ -194,8 +195,8 @@ async def _send(channel: Channel, form: WireFormat, snapshot: Snapshot) -> None:
     await channel.send(_header_of(snapshot, form.size(len(payload))))
     digest = blake3()
     for start in range(0, len(payload), PIECE_BYTES):
-        travelling, digested = form.pack(start, payload[start : start + PIECE_BYTES])
-        digest.update(digested)
+        travelling = form.pack(start, payload[start : start + PIECE_BYTES])
+        digest.update(travelling)
         await channel.wire.send(travelling)
         await asyncio.sleep(0)  # a fast link never makes send() wait, and others have their turn too
     await channel.send(End(digest.hexdigest()))
@@ -226,8 +227,10 @@ async def _receive(channel: Channel, party: Party, form: WireFormat, theirs: Hel
     digest, energy, fault = blake3(), 0.0, None
     for start in range(0, schema.nbytes, PIECE_BYTES):
         piece = buffer.bytes[start : start + PIECE_BYTES]
-        await channel.wire.receive_into(form.space(piece))
-        digest.update(form.unpack(start, piece))
+        travelling = form.space(piece)
+        await channel.wire.receive_into(travelling)
+        digest.update(travelling)
+        form.unpack(start, piece)
         fault = fault or payload_fault(schema, start, piece)
         if fault is None:
             energy += weight_energy(schema, start, piece)
@@ -235,9 +238,12 @@ async def _receive(channel: Channel, party: Party, form: WireFormat, theirs: Hel
     end = await channel.receive(End)
     if not hmac.compare_digest(end.digest, digest.hexdigest()):
         fault = Fault.DIGEST_MISMATCH
+    elif form.left_out() > MOST_LEFT_OUT:
+        fault = fault or Fault.TOO_FAR
     snapshot = Snapshot(
-        buffer, header.step, header.generation, header.lineage, header.scalars, header.genes, math.sqrt(energy)
-    )
+        buffer, header.step, header.generation, header.lineage, header.scalars, header.genes, math.sqrt(energy),
+        form.left_out(),
+    )  # fmt: skip
     return snapshot, fault
 
 

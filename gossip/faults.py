@@ -27,6 +27,7 @@ class Fault(enum.Enum):
     DECISION_DIFFERS = "decisions differ"
     BAD_SNAPSHOT = "inconsistent snapshot"
     DIGEST_MISMATCH = "digest mismatch"
+    TOO_FAR = "weights too far apart for remainders"
     NOT_FINITE = "not finite"
     NEGATIVE_SECOND_MOMENT = "negative second moment"
     EXPLODING_NORM = "exploding norm"

@@ -108,6 +108,8 @@ class Intake:
         self._desk.weights_changed(outcome.received.lineage)
         ending, event = ("averaged", "averaged") if outcome.decision.flow is Flow.BOTH else ("lost", "merged")
         moment = f"step {outcome.received.step}, distance {trial.distance:.3g}, merged in {seconds * 1000:.1f} ms"
+        if outcome.received.left_out:
+            moment += f", {outcome.received.left_out:.1%} left out"
         self._end(delivery, ending, event, f"{outcome.decision.reason}; {moment}")
         return MergeReport(
             exchange_id=delivery.talk.exchange_id,

@@ -56,10 +56,10 @@ void unrotate(float *rotated, int64_t count, const float *signs, float *values) 
 
 // rotated becomes what the receiver will find.
 void encode(float *restrict rotated, int64_t blocks, const float *restrict spacing, uint8_t *restrict packed,
-            uint8_t *restrict digested) {
+            uint8_t *restrict tagged) {
     for (int64_t block = 0; block < blocks; block++) {
         float *x = rotated + block * BLOCK, each = 1.0f / spacing[block];
-        uint8_t *low = digested + block * BLOCK, *out = packed + block * (BLOCK / 2);
+        uint8_t *low = tagged + block * BLOCK, *out = packed + block * (BLOCK / 2);
         for (int64_t i = 0; i < BLOCK; i++) {
             float place = rintf(x[i] * each);
             x[i] = place * spacing[block];
@@ -71,11 +71,11 @@ void encode(float *restrict rotated, int64_t blocks, const float *restrict spaci
 
 // rotated: the receiver's own blocks; afterwards what the sender's became.
 void decode(const uint8_t *restrict packed, int64_t blocks, const float *restrict spacing, float *restrict rotated,
-            uint8_t *restrict digested) {
+            uint8_t *restrict tagged) {
     for (int64_t block = 0; block < blocks; block++) {
         float *x = rotated + block * BLOCK, each = 1.0f / spacing[block];
         const uint8_t *in = packed + block * (BLOCK / 2);
-        uint8_t *low = digested + block * BLOCK;
+        uint8_t *low = tagged + block * BLOCK;
         for (int64_t i = 0; i < BLOCK / 2; i++) {
             low[i] = in[i] & 15;
             low[i + BLOCK / 2] = in[i] >> 4;

@@ -2,12 +2,12 @@
 
 Ranks that meet often differ little from each other, beside how large their weights are. So each number is rounded to
 the nearest multiple of a spacing d, number k of them, and only k mod 16 travels: of all the multiples with that rest,
-the receiver takes the one nearest to its own number, and finds k as long as the two differ by less than 7.5 d. A
-digest over more bits of k than travel shows that it did. Both ends choose d for each block from a few samples of both:
-1.2 times their root mean square distance.
+the receiver takes the one nearest to its own number, and finds k as long as the two differ by less than 7.5 d. Both
+ends choose d for each block from a few samples of both, so that this reaches five to six times their root mean square
+distance. A tag of each block, over more bits of k than travel, tells where it was not enough: one block in hundreds.
 
 Blocks are rotated before, at random but alike at both ends, so that what two ranks differ by spreads over a block
-evenly: no number is far off while the others are near. Rounding adds d^2 / 12 to each, an eighth of the difference's
+evenly: no number is far off while the others are near. Rounding adds d^2 / 12 to each, a twentieth of the difference's
 own energy. Two ranks that take the mean move by half the difference of what both were rounded to, so that their sum
 stays: an error lies between them, where the next meetings even it out, and none in what they have in common.
 
@@ -21,13 +21,15 @@ from ctypes import CDLL, c_int64, c_void_p
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from runtime.native import load_or_warn
 
 BLOCK = 8192  # numbers that are rotated together and share a spacing
 SAMPLES = 64  # numbers of a rotated block that travel before it, in float32
-_COARSER = 1.2  # a spacing over the distance that samples show: they may happen to lie near each other
+TAG_BYTES = 4
+_SPACING = 0.75  # over the root mean square distance: coarser is less exact, finer leaves out more blocks
 LEVELS = 16
 _SIDES = (32, 16, 16)  # of a block seen as a box, which is rotated along each of them
 _FINEST = 2.0**-14  # of a spacing, as a share of the numbers' own root mean square: k stays below 2**24, exact
@@ -76,44 +78,46 @@ def sketch(rotated: Tensor) -> Tensor:
 
 
 def spacings(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Of each block, from both ends' sketches, in whichever order: somewhat more than how far they are apart."""
+    """Of each block, from both ends' sketches, in whichever order."""
     mine, theirs = mine.double(), theirs.double()
     apart = (mine - theirs).square().mean(1)
     finest = (mine.square() + theirs.square()).mean(1) * _FINEST**2
-    return (_COARSER * torch.maximum(apart, finest).sqrt()).clamp(min=1e-30).float()
+    return (_SPACING * torch.maximum(apart, finest).sqrt()).clamp(min=1e-30).float()
 
 
-def encode(rotated: Tensor, spacing: Tensor) -> tuple[Tensor, Tensor]:
-    """What travels, two numbers a byte (blocks, BLOCK / 2), and what its digest is taken of (blocks, BLOCK); uint8.
-
-    `rotated` becomes what the receiver will find.
-    """
+def encode(rotated: Tensor, spacing: Tensor) -> Tensor:
+    """What travels, two numbers a byte and a tag (blocks, BLOCK / 2 + TAG_BYTES), uint8; `rotated` becomes what the
+    receiver will find."""
     half = BLOCK // 2
     packed = torch.empty(len(rotated), half, dtype=torch.uint8)
-    digested = torch.empty(len(rotated), BLOCK, dtype=torch.uint8)
+    tagged = torch.empty(len(rotated), BLOCK, dtype=torch.uint8)
     if kernels() is not None:
-        _call("encode", rotated, spacing, packed, digested)
-        return packed, digested
-    place = torch.round(rotated * (1 / spacing[:, None]))
-    rotated.copy_(place * spacing[:, None])
-    digested.copy_(place.int())
-    packed.copy_(digested[:, :half] & (LEVELS - 1) | digested[:, half:] << 4)
-    return packed, digested
+        _call("encode", rotated, spacing, packed, tagged)
+    else:
+        place = torch.round(rotated * (1 / spacing[:, None]))
+        rotated.copy_(place * spacing[:, None])
+        tagged.copy_(place.int())
+        packed.copy_(tagged[:, :half] & (LEVELS - 1) | tagged[:, half:] << 4)
+    return torch.cat((packed, _tags(tagged)), dim=1)
 
 
-def decode(packed: Tensor, rotated: Tensor, spacing: Tensor) -> Tensor:
-    """The receiver's own rotated blocks become what the sender's did; returns what the digest is to be taken of.
-
-    It differs where the two were further apart than a remainder can tell.
-    """
-    digested = torch.empty(len(rotated), BLOCK, dtype=torch.uint8)
+def decode(travelled: Tensor, rotated: Tensor, spacing: Tensor) -> Tensor:
+    """The receiver's own rotated blocks become what the sender's did; returns which of them did not (blocks), bool."""
+    packed, tags = travelled[:, : BLOCK // 2].contiguous(), travelled[:, BLOCK // 2 :]
+    tagged = torch.empty(len(rotated), BLOCK, dtype=torch.uint8)
     if kernels() is not None:
-        _call("decode", packed, spacing, rotated, digested)
-        return digested
-    rest = torch.cat((packed & (LEVELS - 1), packed >> 4), dim=1).float()
-    place = rest + LEVELS * torch.round((rotated * (1 / spacing[:, None]) - rest) / LEVELS)
-    rotated.copy_(place * spacing[:, None])
-    return digested.copy_(place.int())
+        _call("decode", packed, spacing, rotated, tagged)
+    else:
+        rest = torch.cat((packed & (LEVELS - 1), packed >> 4), dim=1).float()
+        place = rest + LEVELS * torch.round((rotated * (1 / spacing[:, None]) - rest) / LEVELS)
+        rotated.copy_(place * spacing[:, None])
+        tagged.copy_(place.int())
+    return (_tags(tagged) != tags).any(dim=1)
+
+
+def _tags(tagged: Tensor) -> Tensor:
+    digests = [blake3(memoryview(block.numpy())).digest(TAG_BYTES) for block in tagged]
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(tagged), TAG_BYTES)
 
 
 def _call(name: str, first: Tensor, spacing: Tensor, *others: Tensor) -> None:

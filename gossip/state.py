@@ -149,8 +149,8 @@ class StateBuffer:
 class Snapshot:
     """The state at one optimizer-step boundary: after `step` steps, in `generation`, with the optimizer's scalars.
 
-    lineage: as in HELLO; genes: the hyperparameters that evolve; weight_norm: L2 norm of all values under Rule.WEIGHT,
-    of a received one.
+    lineage: as in HELLO; genes: the hyperparameters that evolve; of a received one, weight_norm: L2 norm of all values
+    under Rule.WEIGHT; left_out: share of its values that are the receiver's own, see WireFormat.
     """
 
     buffer: StateBuffer
@@ -160,6 +160,7 @@ class Snapshot:
     scalars: dict[str, float]
     genes: dict[str, float]
     weight_norm: float = math.nan
+    left_out: float = 0.0
 
 
 def payload_fault(schema: Schema, start: int, piece: memoryview) -> Fault | None:

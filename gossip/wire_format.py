@@ -18,14 +18,17 @@ class WireFormat(Protocol):
     def size(self, nbytes: int) -> int:
         """Bytes that travel for `nbytes` of payload."""
 
-    def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
-        """What travels for `piece`, and what the digest is to be taken of; good until the next call."""
+    def pack(self, start: int, piece: memoryview) -> memoryview:
+        """What travels for `piece`; good until the next call."""
 
     def space(self, piece: memoryview) -> memoryview:
         """Where to read what travels for `piece`; good until the next call."""
 
-    def unpack(self, start: int, piece: memoryview) -> memoryview:
-        """Fill `piece` from the space that was asked for it; returns what the digest is to be taken of."""
+    def unpack(self, start: int, piece: memoryview) -> None:
+        """Fill `piece` from the space that was asked for it."""
+
+    def left_out(self) -> float:
+        """The share of what was unpacked that could not be, and is as the receiver's own."""
 
 
 def wire_format(wire_dtype: str, piece_bytes: int) -> WireFormat:
@@ -40,14 +43,17 @@ class Float32Wire:
     def size(self, nbytes: int) -> int:
         return nbytes
 
-    def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
-        return piece, piece
+    def pack(self, start: int, piece: memoryview) -> memoryview:
+        return piece
 
     def space(self, piece: memoryview) -> memoryview:
         return piece
 
-    def unpack(self, start: int, piece: memoryview) -> memoryview:
-        return piece  # it was read in place
+    def unpack(self, start: int, piece: memoryview) -> None:
+        """Nothing to do: it was read in place."""
+
+    def left_out(self) -> float:
+        return 0.0
 
 
 class Bfloat16Wire:
@@ -59,52 +65,63 @@ class Bfloat16Wire:
     def size(self, nbytes: int) -> int:
         return nbytes // 2
 
-    def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
+    def pack(self, start: int, piece: memoryview) -> memoryview:
         values = _floats(piece)
         rounded = self._outgoing[: len(values)]
         state_native.narrow(values, rounded)
-        return _bytes(rounded), _bytes(rounded)
+        return _bytes(rounded)
 
     def space(self, piece: memoryview) -> memoryview:
         return _bytes(self._incoming[: len(piece) // 4])
 
-    def unpack(self, start: int, piece: memoryview) -> memoryview:
+    def unpack(self, start: int, piece: memoryview) -> None:
         values = _floats(piece)
         state_native.widen(self._incoming[: len(values)], values)
-        return self.space(piece)
+
+    def left_out(self) -> float:
+        return 0.0
 
 
 class RemainderWire:
     """Four bits of each float32, from which a receiver that has `own`, a payload like the sender's, finds the rest.
 
-    spacing: of the payload's blocks, the same at both ends. The digest is taken of more bits than travel. settle:
-    `own`, which is the payload that is sent, becomes what its receiver takes it for.
+    spacing: of the payload's blocks, the same at both ends. settle: `own`, which is the payload that is sent, becomes
+    what its receiver takes it for.
     """
 
     def __init__(self, own: memoryview, spacing: torch.Tensor, piece_bytes: int, settle: bool = False) -> None:
         assert piece_bytes % (4 * lattice.BLOCK) == 0
         self._own, self._spacing, self._settle = own, spacing, settle
-        self._incoming = torch.empty(piece_bytes // 8, dtype=torch.uint8)
+        self._incoming = torch.empty(self.size(piece_bytes), dtype=torch.uint8)
+        self._unpacked = self._wrong = 0
 
     def size(self, nbytes: int) -> int:
-        return lattice.blocks_of(nbytes // 4) * lattice.BLOCK // 2
+        return lattice.blocks_of(nbytes // 4) * (lattice.BLOCK // 2 + lattice.TAG_BYTES)
 
-    def pack(self, start: int, piece: memoryview) -> tuple[memoryview, memoryview]:
+    def pack(self, start: int, piece: memoryview) -> memoryview:
         rotated = lattice.rotate(_floats(piece))
-        packed, digested = lattice.encode(rotated, self._spacings(start, len(rotated)))
+        packed = lattice.encode(rotated, self._spacings(start, len(rotated)))
         if self._settle:
             lattice.unrotate(rotated, _floats(piece))
-        return _bytes(packed.view(-1)), _bytes(digested.view(-1))
+        return _bytes(packed.view(-1))
 
     def space(self, piece: memoryview) -> memoryview:
         return _bytes(self._incoming[: self.size(len(piece))])
 
-    def unpack(self, start: int, piece: memoryview) -> memoryview:
-        rotated = lattice.rotate(_floats(self._own[start : start + len(piece)]))
+    def unpack(self, start: int, piece: memoryview) -> None:
+        own, values = _floats(self._own[start : start + len(piece)]), _floats(piece)
+        rotated = lattice.rotate(own)
         packed = self._incoming[: self.size(len(piece))].view(len(rotated), -1)
-        digested = lattice.decode(packed, rotated, self._spacings(start, len(rotated)))
-        lattice.unrotate(rotated, _floats(piece))
-        return _bytes(digested.view(-1))
+        wrong = lattice.decode(packed, rotated, self._spacings(start, len(rotated)))
+        lattice.unrotate(rotated, values)
+        for block in wrong.nonzero().flatten().tolist():
+            here = slice(block * lattice.BLOCK, (block + 1) * lattice.BLOCK)
+            values[here] = own[here]
+        self._unpacked += len(wrong)
+        self._wrong += int(wrong.sum())
+
+    def left_out(self) -> float:
+        return self._wrong / self._unpacked if self._unpacked else 0.0
 
     def _spacings(self, start: int, blocks: int) -> torch.Tensor:
         first = start // (4 * lattice.BLOCK)

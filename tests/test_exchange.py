@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 
+import gossip.exchange
 from bench.injection import Injection
 from gossip.decision import Policy
 from gossip.exchange import PIECE_BYTES, converse
@@ -171,6 +172,12 @@ def test_converse_by_remainders_ends_where_a_sketch_is_not_what_was_sent(monkeyp
     monkeypatch.setattr(Wire, "send", flip)
     assert Fault.DIGEST_MISMATCH in talk(*parties) and spoilt
     assert received(parties[0], 0.0) and received(parties[1], 0.0)
+
+
+def test_converse_by_remainders_ends_where_most_is_too_far_apart(monkeypatch):
+    parties = [Party(rank, rank + 1.0, 3.0 + rank, "average", wire_dtype="int4") for rank in range(2)]
+    monkeypatch.setattr(gossip.exchange, "spacings", lambda mine, theirs: torch.full((len(mine),), 1e-3))
+    assert Fault.TOO_FAR in talk(*parties)
 
 
 def test_converse_lets_both_send_for_the_average():

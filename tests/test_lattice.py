@@ -25,17 +25,15 @@ def pair(count, distance, seed=0):
 
 
 def sent(sender, receiver, spacing=None):
-    """What arrives, and whether the digests agree."""
+    """What arrives, and whether all of it does."""
     ours, theirs = rotate(sender), rotate(receiver)
     if spacing is None:
         spacing = spacings(sketch(ours), sketch(theirs))
-    packed, expected = encode(ours, spacing)
-    found = decode(packed, theirs, spacing)
-    agreed = torch.equal(found, expected)
-    assert torch.equal(ours, theirs) or not agreed  # the sender knows what arrives
+    wrong = decode(encode(ours, spacing), theirs, spacing)
+    assert torch.equal(ours[~wrong], theirs[~wrong])  # the sender knows what arrives
     arrived = torch.empty_like(sender)
     unrotate(theirs, arrived)
-    return arrived, agreed
+    return arrived, not wrong.any()
 
 
 @pytest.mark.parametrize("count", [1, 100, BLOCK, 3 * BLOCK + 17])
@@ -64,7 +62,7 @@ def test_what_arrives_is_near_beside_how_far_the_two_were_apart(kernel, count, d
     one, other = pair(count, distance)
     arrived, agreed = sent(one, other)
     assert agreed
-    assert (arrived - one).norm() < 0.5 * (other - one).norm()  # a spacing of 1.2 over the root of 12 is 0.35
+    assert (arrived - one).norm() < 0.35 * (other - one).norm()  # a spacing of 0.75 over the root of 12 is 0.22
 
 
 def test_rounding_errors_are_centred(kernel):
@@ -78,7 +76,7 @@ def test_outliers_arrive(kernel):
     one, other = pair(2 * BLOCK, 0.001)
     other[:96] += 1.0
     arrived, agreed = sent(one, other)
-    assert agreed and (arrived - one).norm() < 0.5 * (other - one).norm()
+    assert agreed and (arrived - one).norm() < 0.35 * (other - one).norm()
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1.0, 1e20])
@@ -91,17 +89,14 @@ def test_ends_that_are_equal_or_zero_or_large_agree(kernel, factor):
 def test_both_ends_choose_the_same_spacing(kernel):
     one, other = (sketch(rotate(values)) for values in pair(10 * BLOCK, 0.01))
     assert torch.equal(spacings(one, other), spacings(other, one))
-    assert torch.allclose(spacings(one, other), torch.full((10,), 0.012), rtol=0.5)
+    assert torch.allclose(spacings(one, other), torch.full((10,), 0.0075), rtol=0.5)
 
 
-def test_many_blocks_whose_samples_are_few_all_arrive(kernel):
-    """Ends that differ by less than bfloat16 could tell: 300 blocks in a hundred meetings."""
-    one, other = pair(300 * BLOCK, 1e-4)
+def test_few_of_many_blocks_are_left_out(kernel):
+    one, other = pair(2000 * BLOCK, 1e-4)
     ours, theirs = rotate(one), rotate(other)
-    distance = (ours - theirs).abs().amax(1)
-    for first in range(100):
-        picked = (torch.arange(lattice.SAMPLES) * 97 + first * 31) % BLOCK
-        assert (7.5 * spacings(ours[:, picked], theirs[:, picked]) > distance).all()
+    spacing = spacings(sketch(ours), sketch(theirs))
+    assert decode(encode(ours, spacing), theirs, spacing).float().mean() < 0.02
 
 
 def test_ends_too_far_apart_are_found_out(kernel):
@@ -121,12 +116,12 @@ def test_both_ways_to_compute_it_understand_each_other(monkeypatch):
         pytest.skip("there is no C compiler here")
     one, other = pair(3 * BLOCK, 0.05)
     spacing = spacings(sketch(rotate(one)), sketch(rotate(other)))
-    packed, expected = encode(rotate(one), spacing)
+    packed = encode(rotate(one), spacing)
     with monkeypatch.context() as patch:
         patch.setattr(lattice, "kernels", lambda: None)
         slow = rotate(other)
         assert torch.allclose(slow, rotate(other), atol=1e-5)
-        assert torch.equal(decode(packed, slow, spacing), expected)
+        assert not decode(packed, slow, spacing).any()
     fast = rotate(other)
-    assert torch.equal(decode(packed, fast, spacing), expected)
+    assert not decode(packed, fast, spacing).any()
     assert torch.equal(fast, slow)

@@ -49,7 +49,7 @@ class Meeting(Policy):
     def begin(self, replicas: list[Replica], dice: random.Random) -> None:
         super().begin(replicas, dice)
         self._whole = [StateBuffer(replicas[0].schema) for _ in range(2)]
-        self._rounded = [StateBuffer(replicas[0].schema) for _ in range(2)]
+        self._arrived = [StateBuffer(replicas[0].schema) for _ in range(2)]
         self._sent = replicas[0].schema if self.payload == "full" else weights_only(replicas[0].schema)
 
     def after_step(self, step: int) -> None:
@@ -67,16 +67,14 @@ class Meeting(Policy):
         """Each takes the mean of both."""
         for replica, buffer in zip((first, second), self._whole, strict=True):
             self._snapshot(replica, buffer)
-        own: list[StateBuffer | None] = [None, None]
-        if self.wire == "int4":
-            if not self._as_remainders(self._whole):
-                return
-            own = self._rounded
-            for buffer, rounded in zip(self._whole, own, strict=True):
-                rounded.copy_from(buffer.views)
         self.leave_out(first, second)
-        self._receive(first, self._whole[1], "average", 0.5, own[0])
-        self._receive(second, self._whole[0], "average", 0.5, own[1])
+        if self.wire == "int4":
+            at_second, at_first = self._as_remainders(self._whole, both=True)
+            self._receive(first, at_first, "average", 0.5, own=self._whole[0])
+            self._receive(second, at_second, "average", 0.5, own=self._whole[1])
+        else:
+            self._receive(first, self._whole[1], "average", 0.5)
+            self._receive(second, self._whole[0], "average", 0.5)
         self.counts["averaged"] += 1
 
     def leave_out(self, first: Replica, second: Replica) -> None:
@@ -85,12 +83,12 @@ class Meeting(Policy):
     def send(self, winner: Replica, loser: Replica, method: str, alpha: float) -> bool:
         """The winner's weights flow into the loser; whether they stayed there."""
         self._snapshot(winner, self._whole[0])
+        arrived = self._whole[0]
         if self.wire == "int4":
             self._whole[1].copy_from(loser.live)
             loser.sent += sketch_bytes(self._sent.nbytes)
-            if not self._as_remainders(self._whole, both=False):
-                return False
-        kept = self._receive(loser, self._whole[0], method, alpha)
+            arrived, _ = self._as_remainders(self._whole, both=False)
+        kept = self._receive(loser, arrived, method, alpha)
         if kept and method == "clonal":
             loser.weights.load_scalars(self._scalars_for(loser, winner))
         self.counts["won"] += 1
@@ -111,22 +109,36 @@ class Meeting(Policy):
         replica.sent += self.bytes_sent()
 
     @torch.no_grad()
-    def _as_remainders(self, buffers: list[StateBuffer], both: bool = True) -> bool:
-        """Both buffers as they arrive at the other rank's, or the first alone; False where they are too far apart."""
+    def _as_remainders(self, buffers: list[StateBuffer], both: bool) -> list[StateBuffer]:
+        """What arrives of the first at the second, and if both of the second at the first; the one that is sent becomes
+        what it was rounded to, as in a conversation."""
         flat = [torch.cat([view.view(-1) for view in self._views(buffer)]) for buffer in buffers]
         rotated = [lattice.rotate(values) for values in flat]
         spacing = lattice.spacings(*map(lattice.sketch, rotated))
-        sent = [lattice.encode(own, spacing) for own in rotated[: 2 if both else 1]]
-        for (packed, expected), receiver in zip(sent, rotated[::-1], strict=False):
-            if not torch.equal(lattice.decode(packed, receiver.clone(), spacing), expected):
-                self.counts["too far apart"] += 1
-                return False
-        for values, own, buffer in zip(flat, rotated, buffers, strict=True):
-            lattice.unrotate(own, values)
-            views = self._views(buffer)
-            for view, part in zip(views, values.split([view.numel() for view in views]), strict=True):
-                view.view(-1).copy_(part)
-        return True
+        arrived = []
+        for sender in range(2 if both else 1):
+            receiver = 1 - sender
+            found = lattice.rotate(flat[receiver])
+            wrong = lattice.decode(lattice.encode(rotated[sender], spacing), found, spacing)
+            values = torch.empty_like(flat[0])
+            lattice.unrotate(found, values)
+            for block in wrong.nonzero().flatten().tolist():
+                here = slice(block * lattice.BLOCK, (block + 1) * lattice.BLOCK)
+                values[here] = flat[receiver][here]
+            self.counts["blocks"] += len(wrong)
+            self.counts["blocks left out"] += int(wrong.sum())
+            arrived.append(values)
+        for sender, (values, target) in enumerate(zip(arrived, self._arrived, strict=False)):
+            self._fill(target, values)
+            if both:
+                lattice.unrotate(rotated[sender], flat[sender])
+                self._fill(buffers[sender], flat[sender])
+        return self._arrived
+
+    def _fill(self, buffer: StateBuffer, values: Tensor) -> None:
+        views = self._views(buffer)
+        for view, part in zip(views, values.split([view.numel() for view in views]), strict=True):
+            view.view(-1).copy_(part)
 
     def _views(self, buffer: StateBuffer) -> list[Tensor]:
         return [buffer.views[spec.name] for spec in self._sent.tensors]
@@ -134,7 +146,8 @@ class Meeting(Policy):
     def bytes_sent(self) -> float:
         """By a replica at a meeting at which its weights travel."""
         if self.wire == "int4":
-            return self._sent.nbytes / 8 + sketch_bytes(self._sent.nbytes)
+            tags = lattice.TAG_BYTES * lattice.blocks_of(self._sent.nbytes // 4)
+            return self._sent.nbytes / 8 + tags + sketch_bytes(self._sent.nbytes)
         return self._sent.nbytes / (2 if self.wire == "bf16" else 1)
 
     def _receive(

@@ -23,6 +23,7 @@ NVIDIA = ("nvidia-smi", "--query-gpu=index,name,driver_version,memory.total,memo
 AMD = ("rocm-smi", "--showproductname", "--showdriverversion", "--showmeminfo", "vram", "--csv")
 TOLERANCE = 1e-3  # of a product of 512 terms in float32, for reduced-precision matrix units too
 LEAST_FREE = 20 * 2**30  # bytes: a checkpoint of a model of 1g parameters is 16 GiB
+MEET_SECONDS = 300
 TINY = (
     "--cpu --dim 16 --depth 1 --batch_size 2 --chunk_size 32 --val_every 0 --max_minutes 4 "
     "--gossip_mixing_rate 0.3 --gossip_heartbeat 0.1 --data train.txt --output run"
@@ -141,12 +142,16 @@ def ranks_meet(host: str) -> str:
             )  # fmt: skip
         began = time.monotonic()
         try:
-            while launcher.poll() is None and not _met(folder):
+            while launcher.poll() is None and not _met(folder) and time.monotonic() - began < MEET_SECONDS:
                 time.sleep(0.2)
             took = time.monotonic() - began
         finally:
             launcher.terminate()
-            launcher.wait()
+            try:
+                launcher.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                launcher.kill()  # the ranks end with it
+                launcher.wait()
         if _met(folder):
             return f"they met within {took:.0f} s"
         lines = (folder / "said").read_text().splitlines()

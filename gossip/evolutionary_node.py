@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gossip import state_native
+from gossip import lattice, state_native
 from gossip.comparison import Evidence
 from gossip.decision import Policy
 from gossip.event_log import EventLog
@@ -135,7 +135,8 @@ class EvolutionaryNode:
     def start(self) -> None:
         """Start the threads: from now on this rank answers, and is found in the registry."""
         config, identity = self._config, self._identity
-        state_native.kernels()  # built now, when nobody waits for them
+        for native in (state_native, lattice) if config.wire_dtype == "int4" else (state_native,):
+            native.kernels()  # built now, when nobody waits for them
         coordinator = None
         if config.filesystem_coordinator:
             folder = self._run_dir / POPULATION_FOLDER

@@ -6,6 +6,7 @@
 
 #define BLOCK 8192
 #define TILE 16
+#define ROW (BLOCK / 2 + 4)  // bytes of a block that travel: two numbers each, and a tag
 
 // Times the Hadamard matrix of BLOCK rows, in place and unscaled.
 static void butterflies(float *restrict x) {
@@ -54,16 +55,20 @@ void unrotate(float *rotated, int64_t count, const float *signs, float *values) 
     }
 }
 
+static inline uint8_t low_bits(float place) {
+    return (uint8_t)(int32_t)fminf(fmaxf(place, -0x1p30f), 0x1p30f);  // a NaN too becomes a number
+}
+
 // rotated becomes what the receiver will find.
 void encode(float *restrict rotated, int64_t blocks, const float *restrict spacing, uint8_t *restrict packed,
             uint8_t *restrict tagged) {
     for (int64_t block = 0; block < blocks; block++) {
         float *x = rotated + block * BLOCK, each = 1.0f / spacing[block];
-        uint8_t *low = tagged + block * BLOCK, *out = packed + block * (BLOCK / 2);
+        uint8_t *low = tagged + block * BLOCK, *out = packed + block * ROW;
         for (int64_t i = 0; i < BLOCK; i++) {
             float place = rintf(x[i] * each);
             x[i] = place * spacing[block];
-            low[i] = (uint8_t)(int32_t)place;
+            low[i] = low_bits(place);
         }
         for (int64_t i = 0; i < BLOCK / 2; i++) out[i] = (low[i] & 15) | (low[i + BLOCK / 2] << 4);
     }
@@ -74,7 +79,7 @@ void decode(const uint8_t *restrict packed, int64_t blocks, const float *restric
             uint8_t *restrict tagged) {
     for (int64_t block = 0; block < blocks; block++) {
         float *x = rotated + block * BLOCK, each = 1.0f / spacing[block];
-        const uint8_t *in = packed + block * (BLOCK / 2);
+        const uint8_t *in = packed + block * ROW;
         uint8_t *low = tagged + block * BLOCK;
         for (int64_t i = 0; i < BLOCK / 2; i++) {
             low[i] = in[i] & 15;
@@ -83,7 +88,7 @@ void decode(const uint8_t *restrict packed, int64_t blocks, const float *restric
         for (int64_t i = 0; i < BLOCK; i++) {
             float place = low[i] + 16.0f * rintf((x[i] * each - low[i]) * 0.0625f);
             x[i] = place * spacing[block];
-            low[i] = (uint8_t)(int32_t)place;
+            low[i] = low_bits(place);
         }
     }
 }

@@ -20,6 +20,7 @@ import math
 from ctypes import CDLL, c_int64, c_void_p
 from pathlib import Path
 
+import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
@@ -31,6 +32,7 @@ SAMPLES = 64  # numbers of a rotated block that travel before it, in float32
 TAG_BYTES = 4
 _SPACING = 0.75  # over the root mean square distance: coarser is less exact, finer leaves out more blocks
 LEVELS = 16
+_HALF = BLOCK // 2
 _SIDES = (32, 16, 16)  # of a block seen as a box, which is rotated along each of them
 _FINEST = 2.0**-14  # of a spacing, as a share of the numbers' own root mean square: k stays below 2**24, exact
 
@@ -79,17 +81,16 @@ def sketch(rotated: Tensor) -> Tensor:
 
 def spacings(mine: Tensor, theirs: Tensor) -> Tensor:
     """Of each block, from both ends' sketches, in whichever order."""
-    mine, theirs = mine.double(), theirs.double()
-    apart = (mine - theirs).square().mean(1)
-    finest = (mine.square() + theirs.square()).mean(1) * _FINEST**2
-    return (_SPACING * torch.maximum(apart, finest).sqrt()).clamp(min=1e-30).float()
+    mine, theirs = (sketch.numpy().astype(np.float64) for sketch in (mine, theirs))
+    apart = np.square(mine - theirs).mean(1)
+    finest = (np.square(mine) + np.square(theirs)).mean(1) * _FINEST**2
+    return torch.from_numpy((_SPACING * np.sqrt(np.maximum(apart, finest))).clip(min=1e-30).astype(np.float32))
 
 
 def encode(rotated: Tensor, spacing: Tensor) -> Tensor:
     """What travels, two numbers a byte and a tag (blocks, BLOCK / 2 + TAG_BYTES), uint8; `rotated` becomes what the
     receiver will find."""
-    half = BLOCK // 2
-    packed = torch.empty(len(rotated), half, dtype=torch.uint8)
+    packed = torch.empty(len(rotated), _HALF + TAG_BYTES, dtype=torch.uint8)
     tagged = torch.empty(len(rotated), BLOCK, dtype=torch.uint8)
     if kernels() is not None:
         _call("encode", rotated, spacing, packed, tagged)
@@ -97,27 +98,34 @@ def encode(rotated: Tensor, spacing: Tensor) -> Tensor:
         place = torch.round(rotated * (1 / spacing[:, None]))
         rotated.copy_(place * spacing[:, None])
         tagged.copy_(place.int())
-        packed.copy_(tagged[:, :half] & (LEVELS - 1) | tagged[:, half:] << 4)
-    return torch.cat((packed, _tags(tagged)), dim=1)
+        packed[:, :_HALF] = tagged[:, :_HALF] & (LEVELS - 1) | tagged[:, _HALF:] << 4
+    packed.numpy()[:, _HALF:] = _tags(tagged)
+    return packed
 
 
-def decode(travelled: Tensor, rotated: Tensor, spacing: Tensor) -> Tensor:
-    """The receiver's own rotated blocks become what the sender's did; returns which of them did not (blocks), bool."""
-    packed, tags = travelled[:, : BLOCK // 2].contiguous(), travelled[:, BLOCK // 2 :]
+def decode(packed: Tensor, rotated: Tensor, spacing: Tensor) -> np.ndarray:
+    """The receiver's own rotated blocks become what the sender's did; returns the numbers of those that did not."""
     tagged = torch.empty(len(rotated), BLOCK, dtype=torch.uint8)
     if kernels() is not None:
         _call("decode", packed, spacing, rotated, tagged)
     else:
-        rest = torch.cat((packed & (LEVELS - 1), packed >> 4), dim=1).float()
+        rest = torch.cat((packed[:, :_HALF] & (LEVELS - 1), packed[:, :_HALF] >> 4), dim=1).float()
         place = rest + LEVELS * torch.round((rotated * (1 / spacing[:, None]) - rest) / LEVELS)
         rotated.copy_(place * spacing[:, None])
         tagged.copy_(place.int())
-    return (_tags(tagged) != tags).any(dim=1)
+    return (packed.numpy()[:, _HALF:] != _tags(tagged)).any(axis=1).nonzero()[0]
 
 
-def _tags(tagged: Tensor) -> Tensor:
-    digests = [blake3(memoryview(block.numpy())).digest(TAG_BYTES) for block in tagged]
-    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(tagged), TAG_BYTES)
+def settle(values: Tensor, spacing: Tensor) -> None:
+    """`values` become what a receiver takes them for; done again it changes no more than the last bits."""
+    rotated = rotate(values)
+    encode(rotated, spacing)
+    unrotate(rotated, values)
+
+
+def _tags(tagged: Tensor) -> np.ndarray:
+    digests = [blake3(block).digest(TAG_BYTES) for block in tagged.numpy()]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, TAG_BYTES)
 
 
 def _call(name: str, first: Tensor, spacing: Tensor, *others: Tensor) -> None:
@@ -144,10 +152,15 @@ def _hadamard(size: int) -> Tensor:
 @functools.cache
 def _signs() -> Tensor:
     """1 or -1 for each number of a block, over the root of their number: with it a rotation keeps lengths."""
-    signs = torch.randint(2, (BLOCK,), generator=torch.Generator().manual_seed(1)) * 2.0 - 1
-    return signs / math.sqrt(BLOCK)
+    bits = np.unpackbits(_drawn("signs", BLOCK // 8))
+    return torch.from_numpy((bits * 2.0 - 1).astype(np.float32)) / math.sqrt(BLOCK)
 
 
 @functools.cache
 def _sampled() -> Tensor:
-    return torch.randperm(BLOCK, generator=torch.Generator().manual_seed(2))[:SAMPLES]
+    return torch.from_numpy(_drawn("samples", 8 * BLOCK).view("<u8").argsort()[:SAMPLES])
+
+
+def _drawn(what: str, nbytes: int) -> np.ndarray:
+    """Bytes as if drawn at random, the same at all ends: of whichever versions of torch and numpy."""
+    return np.frombuffer(blake3(f"gruboros lattice {what}".encode()).digest(nbytes), np.uint8)

@@ -112,13 +112,16 @@ class RemainderWire:
         own, values = _floats(self._own[start : start + len(piece)]), _floats(piece)
         rotated = lattice.rotate(own)
         packed = self._incoming[: self.size(len(piece))].view(len(rotated), -1)
-        wrong = lattice.decode(packed, rotated, self._spacings(start, len(rotated)))
+        spacing = self._spacings(start, len(rotated))
+        wrong = lattice.decode(packed, rotated, spacing)
         lattice.unrotate(rotated, values)
-        for block in wrong.nonzero().flatten().tolist():
+        for block in wrong:
             here = slice(block * lattice.BLOCK, (block + 1) * lattice.BLOCK)
             values[here] = own[here]
-        self._unpacked += len(wrong)
-        self._wrong += int(wrong.sum())
+            if self._settle:  # it may not have been sent yet, but will have been when the two are compared
+                lattice.settle(values[here], spacing[block : block + 1])
+        self._unpacked += len(spacing)
+        self._wrong += len(wrong)
 
     def left_out(self) -> float:
         return self._wrong / self._unpacked if self._unpacked else 0.0

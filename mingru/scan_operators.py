@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef
 
 from mingru.scan_reference import state_dtype
@@ -36,7 +35,18 @@ def register(
     scan_backward.register_fake(_fake_backward)
     scan_forward.register_autograd(_by(scan_backward), setup_context=_save)
 
-    differentiate = once_differentiable(_by(backward))
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Tensor | None) -> Outputs:
+            return backward(*inputs)
+
+        @staticmethod
+        def setup_context(ctx, inputs: tuple, output: Outputs) -> None:
+            """Nothing is kept."""
+
+        @staticmethod
+        def backward(ctx, *gradients: Tensor) -> tuple:
+            raise RuntimeError(f"the {name} scan is differentiable once")
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -44,13 +54,20 @@ def register(
             return forward(projected_BT2E, prev_hidden_BE, reset_BT)
 
         setup_context = staticmethod(_save)
-        backward = staticmethod(differentiate)
+        backward = staticmethod(_by(Gradient.apply))
 
     def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> Outputs:
-        traced = torch.compiler.is_compiling() or type(projected_BT2E) is not Tensor
-        return (scan_forward if traced else Eager.apply)(projected_BT2E, prev_hidden_BE, reset_BT)
+        inputs = projected_BT2E, prev_hidden_BE, reset_BT
+        eager = not torch.compiler.is_compiling() and _are_plain(inputs)
+        return (Eager.apply if eager else scan_forward)(*inputs)
 
     return scan, scan_forward
+
+
+def _are_plain(inputs: Inputs) -> bool:
+    """Whether a kernel may take the addresses of all; torch's dispatcher knows what to do with others."""
+    device = inputs[0].device
+    return device.type != "meta" and all(x is None or (type(x) is Tensor and x.device == device) for x in inputs)
 
 
 def _by(backward: Callable[..., Outputs]) -> Callable:

@@ -31,9 +31,13 @@ def _use_huge_pages(libc: ctypes.CDLL, nbytes: int) -> None:
     here are addresses; memory is taken when it is written to. Where the kernel counts addresses as memory, or refuses
     them, pages stay small.
     """
-    with open("/proc/sys/vm/overcommit_memory") as mode:
-        if mode.read().strip() == "2":
-            return
+    try:
+        with open("/proc/sys/vm/overcommit_memory") as mode:
+            counted = mode.read().strip() == "2"
+    except OSError:  # a kernel that does not tell
+        return
+    if counted:
+        return
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     start = libc.malloc(nbytes)
@@ -53,8 +57,11 @@ def gather_in_huge_pages() -> None:
     """
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    with open("/proc/self/smaps") as areas:
-        filled = list(_filled_areas(areas))
+    try:
+        with open("/proc/self/smaps") as areas:
+            filled = list(_filled_areas(areas))
+    except OSError:  # a kernel that does not tell
+        return
     for start, stop in filled:
         first, last = -(-start // _HUGE_PAGE) * _HUGE_PAGE, stop // _HUGE_PAGE * _HUGE_PAGE
         if first < last:

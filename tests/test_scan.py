@@ -186,6 +186,20 @@ def test_scan_operators_keep_torchs_rules(operators, dtype):
     torch.library.opcheck(operators.scan_forward, (projected.requires_grad_(), prev.requires_grad_(), reset))
 
 
+@pytest.mark.parametrize("operators", [scan_native, scan_tiled], ids=["native", "tiled"])
+def test_scan_says_that_it_is_differentiable_once(operators):
+    projected = torch.randn(1, 5, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(operators.scan(projected, None, None)[0].sum(), projected, create_graph=True)
+    with pytest.raises(RuntimeError, match="scan is differentiable once"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("operators", [scan_native, scan_tiled], ids=["native", "tiled"])
+def test_scan_of_tensors_without_memory_is_the_operators(operators):
+    shapes = operators.scan(torch.empty(2, 5, 8, device="meta"), None, None)
+    assert [tuple(tensor.shape) for tensor in shapes] == [(2, 5, 4), (2, 4)] and shapes[0].is_meta
+
+
 def test_scan_works_under_autocast_and_gradient_checkpointing(backend):
     torch.manual_seed(0)
     layer, x_BTD = minGRU(16, expansion_factor=1.5), torch.randn(2, 90, 16, requires_grad=True)

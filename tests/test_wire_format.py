@@ -5,6 +5,7 @@ import torch
 
 from gossip import state_native
 from gossip.lattice import rotate, sketch, spacings
+from gossip.state import Rule, Schema, StateBuffer
 from gossip.wire_format import Bfloat16Wire, RemainderWire, sketch_bytes, wire_format
 
 PIECE = 4096
@@ -112,6 +113,34 @@ def test_int4_leaves_out_what_is_too_far_apart():
     receiver.space(piece_of(arrived))[:] = sender.pack(0, piece_of(one))
     receiver.unpack(0, piece_of(arrived))
     assert torch.equal(arrived, other) and receiver.left_out() == pytest.approx(1 / 3) and sender.left_out() == 0
+
+
+@pytest.mark.parametrize("sent_first", [False, True])
+def test_int4_moves_nothing_in_a_block_that_it_leaves_out_of_a_mean(sent_first):
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 8192)
+    form = RemainderWire(piece_of(one), torch.full((1,), 0.1), 4 * 8192, settle=True)
+    peer = RemainderWire(piece_of(other), torch.full((1,), 0.1), 4 * 8192, settle=True)
+    arrived = torch.zeros(8192)
+    if sent_first:
+        form.pack(0, piece_of(one))
+    form.space(piece_of(arrived))[:] = peer.pack(0, piece_of(other))
+    form.unpack(0, piece_of(arrived))
+    if not sent_first:
+        form.pack(0, piece_of(one))
+    assert form.left_out() == 1 and torch.allclose(arrived, one, atol=1e-5)
+
+
+def test_int4_leaves_no_rounding_between_tensors():
+    """It would travel the next time, and be rounded again."""
+    live = {"y": torch.randn(17), "z": torch.randn(17)}
+    buffer = StateBuffer(Schema.of(live, dict.fromkeys(live, Rule.WEIGHT), {}))
+    buffer.copy_from(live)
+    clean = bytes(buffer.bytes)
+    RemainderWire(buffer.bytes, torch.ones(1), 4 * 8192, settle=True).pack(0, buffer.bytes)
+    assert bytes(buffer.bytes) != clean
+    buffer.copy_from(live)
+    assert bytes(buffer.bytes) == clean
 
 
 def test_a_whole_state_travels_as_bfloat16_beside_int4():

@@ -115,24 +115,21 @@ class Meeting(Policy):
         flat = [torch.cat([view.view(-1) for view in self._views(buffer)]) for buffer in buffers]
         rotated = [lattice.rotate(values) for values in flat]
         spacing = lattice.spacings(*map(lattice.sketch, rotated))
-        arrived = []
-        for sender in range(2 if both else 1):
+        found = [lattice.rotate(values) for values in flat]
+        for sender, target in enumerate(self._arrived[: 2 if both else 1]):
             receiver = 1 - sender
-            found = lattice.rotate(flat[receiver])
-            wrong = lattice.decode(lattice.encode(rotated[sender], spacing), found, spacing)
-            values = torch.empty_like(flat[0])
-            lattice.unrotate(found, values)
-            for block in wrong.nonzero().flatten().tolist():
+            wrong = lattice.decode(lattice.encode(rotated[sender], spacing), found[receiver], spacing)
+            self.counts["blocks"] += len(spacing)
+            self.counts["blocks left out"] += len(wrong)
+            if both:
+                lattice.settle(flat[receiver], spacing)
+                self._fill(buffers[receiver], flat[receiver])
+            values = torch.empty_like(flat[receiver])
+            lattice.unrotate(found[receiver], values)
+            for block in wrong:
                 here = slice(block * lattice.BLOCK, (block + 1) * lattice.BLOCK)
                 values[here] = flat[receiver][here]
-            self.counts["blocks"] += len(wrong)
-            self.counts["blocks left out"] += int(wrong.sum())
-            arrived.append(values)
-        for sender, (values, target) in enumerate(zip(arrived, self._arrived, strict=False)):
             self._fill(target, values)
-            if both:
-                lattice.unrotate(rotated[sender], flat[sender])
-                self._fill(buffers[sender], flat[sender])
         return self._arrived
 
     def _fill(self, buffer: StateBuffer, values: Tensor) -> None:

@@ -254,6 +254,18 @@ def test_evolution_bytes_are_those_counted_by_hand(corpus, arm):
     assert trial(corpus, arm)["bytes_over_ddp"] == pytest.approx(BY_HAND[arm])
 
 
+@pytest.mark.parametrize("arm", ["pair_mean:p=1,wire=int4", "one_way:p=1,winner=random,wire=int4"])
+def test_evolution_remainders_are_counted_and_arrive(corpus, arm):
+    found, rounded = trial(corpus, arm, steps=8), trial(corpus, arm.replace("int4", "bf16"), steps=8)
+    assert found["loss"] == pytest.approx(rounded["loss"], abs=0.02)
+    blocks = -(-2 * found["parameters"] // 8192)
+    sketch, packed = blocks * 64 * 4, blocks * 4 + found["parameters"]
+    meetings = 2 * 8
+    expected = meetings * (2 * sketch + packed * (2 if "pair" in arm else 1)) / 2
+    assert found["bytes_sent"] == pytest.approx(expected)
+    assert found["counts"]["blocks left out"] == 0 < found["counts"]["blocks"]
+
+
 @pytest.mark.parametrize("arm", ["ours:evolve=lr,p=0.7,spread=8,probe_every=2", "noloco:every=2", "solo:corrupt=1"])
 def test_evolution_trials_repeat_and_seeds_differ(corpus, arm):
     first = trial(corpus, arm)

@@ -21,14 +21,14 @@ PIN = re.compile(r"\S+==\S+ +# \S.*")
 
 def test_torchrun_starts_a_population(text, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    flags = [*FLAGS, "--data", str(text), "--output", "run", "--train_steps", "200", "--gossip_mixing_rate", "0.2"]
+    flags = [*FLAGS, "--data", str(text), "--output", "run", "--train_steps", "1000", "--gossip_mixing_rate", "0.2"]
     done = subprocess.run(
         [*torchrun, str(ROOT / "train.py"), *flags],
         cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = World(tmp_path, text, 2)
-    assert {(file.rank, file.step) for file in run.checkpoints()} >= {(0, 200), (1, 200)}
+    assert {(file.rank, file.step) for file in run.checkpoints()} >= {(0, 1000), (1, 1000)}
     assert run.events(0, *TALKS)
 
 

@@ -158,10 +158,10 @@ def test_slurm_job_that_is_cancelled_saves_first(submit, slurm):
 
 def test_plain_srun_starts_a_population(slurm, submit, text, tmp_path):
     options = ["--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
-    flags = [*TINY, *FLAGS, "--gossip_host", "127.0.0.1", "--data", str(text), "--train_steps", "200"]
+    flags = [*TINY, *FLAGS, "--gossip_host", "127.0.0.1", "--data", str(text), "--train_steps", "1000"]
     command = ["srun", *options, sys.executable, "train.py", *flags, "--output", "run"]
     done = subprocess.run(command, cwd=tmp_path, env=slurm.environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     run = World(tmp_path, text, 2)
-    assert {(file.rank, file.step) for file in run.checkpoints()} == {(0, 200), (1, 200)}
-    assert "rank 0 of 2 (slurm)" in run.log(0) and run.events(0, "sent", "merged")
+    assert {(file.rank, file.step) for file in run.checkpoints()} == {(0, 1000), (1, 1000)}
+    assert "rank 0 of 2 (slurm)" in run.log(0) and run.events(0, "sent", "merged", "averaged")

@@ -56,7 +56,8 @@ void unrotate(float *rotated, int64_t count, const float *signs, float *values) 
 }
 
 static inline uint8_t low_bits(float place) {
-    return (uint8_t)(int32_t)fminf(fmaxf(place, -0x1p30f), 0x1p30f);  // a NaN too becomes a number
+    float bounded = place > -0x1p30f ? place : -0x1p30f;  // a NaN too becomes a number; fmaxf() would be a call
+    return (uint8_t)(int32_t)(bounded < 0x1p30f ? bounded : 0x1p30f);
 }
 
 // rotated becomes what the receiver will find.

@@ -96,7 +96,7 @@ class RemainderWire:
         self._unpacked = self._wrong = 0
 
     def size(self, nbytes: int) -> int:
-        return lattice.blocks_of(nbytes // 4) * (lattice.BLOCK // 2 + lattice.TAG_BYTES)
+        return packed_bytes(nbytes)
 
     def pack(self, start: int, piece: memoryview) -> memoryview:
         rotated = lattice.rotate(_floats(piece))
@@ -129,6 +129,11 @@ class RemainderWire:
     def _spacings(self, start: int, blocks: int) -> torch.Tensor:
         first = start // (4 * lattice.BLOCK)
         return self._spacing[first : first + blocks]
+
+
+def packed_bytes(nbytes: int) -> int:
+    """How long a payload of `nbytes` is as remainders, without its sketch."""
+    return lattice.blocks_of(nbytes // 4) * (lattice.BLOCK // 2 + lattice.TAG_BYTES)
 
 
 def sketch_bytes(nbytes: int) -> int:

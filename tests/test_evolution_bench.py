@@ -259,7 +259,7 @@ def test_evolution_remainders_are_counted_and_arrive(corpus, arm):
     found, rounded = trial(corpus, arm, steps=8), trial(corpus, arm.replace("int4", "bf16"), steps=8)
     assert found["loss"] == pytest.approx(rounded["loss"], abs=0.02)
     blocks = -(-2 * found["parameters"] // 8192)
-    sketch, packed = blocks * 64 * 4, blocks * 4 + found["parameters"]
+    sketch, packed = blocks * 64 * 4, blocks * (4096 + 4)
     meetings = 2 * 8
     expected = meetings * (2 * sketch + packed * (2 if "pair" in arm else 1)) / 2
     assert found["bytes_sent"] == pytest.approx(expected)

@@ -20,7 +20,7 @@ from gossip.fitness_tracker import FitnessTracker
 from gossip.merge import merge_judged
 from gossip.protocol import Flow, Hello
 from gossip.state import StateBuffer
-from gossip.wire_format import WIRE_DTYPES, sketch_bytes
+from gossip.wire_format import WIRE_DTYPES, RemainderWire, packed_bytes, sketch_bytes, sketch_of
 from training.fitness import Fitness
 from training.options import PAYLOADS, PopulationOptions
 from training.probe import Probe
@@ -69,7 +69,7 @@ class Meeting(Policy):
             self._snapshot(replica, buffer)
         self.leave_out(first, second)
         if self.wire == "int4":
-            at_second, at_first = self._as_remainders(self._whole, both=True)
+            at_second, at_first = self._as_remainders(both=True)
             self._receive(first, at_first, "average", 0.5, own=self._whole[0])
             self._receive(second, at_second, "average", 0.5, own=self._whole[1])
         else:
@@ -87,7 +87,7 @@ class Meeting(Policy):
         if self.wire == "int4":
             self._whole[1].copy_from(loser.live)
             loser.sent += sketch_bytes(self._sent.nbytes)
-            arrived, _ = self._as_remainders(self._whole, both=False)
+            arrived, _ = self._as_remainders(both=False)
         kept = self._receive(loser, arrived, method, alpha)
         if kept and method == "clonal":
             loser.weights.load_scalars(self._scalars_for(loser, winner))
@@ -108,43 +108,25 @@ class Meeting(Policy):
                 view.copy_(view.bfloat16())
         replica.sent += self.bytes_sent()
 
-    @torch.no_grad()
-    def _as_remainders(self, buffers: list[StateBuffer], both: bool) -> list[StateBuffer]:
-        """What arrives of the first at the second, and if both of the second at the first; the one that is sent becomes
-        what it was rounded to, as in a conversation."""
-        flat = [torch.cat([view.view(-1) for view in self._views(buffer)]) for buffer in buffers]
-        rotated = [lattice.rotate(values) for values in flat]
-        spacing = lattice.spacings(*map(lattice.sketch, rotated))
-        found = [lattice.rotate(values) for values in flat]
-        for sender, target in enumerate(self._arrived[: 2 if both else 1]):
-            receiver = 1 - sender
-            wrong = lattice.decode(lattice.encode(rotated[sender], spacing), found[receiver], spacing)
+    def _as_remainders(self, both: bool) -> list[StateBuffer]:
+        """What arrives of the first at the second, and if both of the second at the first; for both, what is sent
+        becomes what it was rounded to, as in a conversation."""
+        nbytes = self._sent.nbytes
+        mine = [buffer.bytes[:nbytes] for buffer in self._whole]  # second moments come last
+        spacing = lattice.spacings(*map(sketch_of, mine))
+        ends = [RemainderWire(own, spacing, lattice.blocks_of(nbytes // 4) * lattice.BLOCK * 4, both) for own in mine]
+        for sender, arrived in enumerate(self._arrived[: 2 if both else 1]):
+            receiver, piece = ends[1 - sender], arrived.bytes[:nbytes]
+            receiver.space(piece)[:] = ends[sender].pack(0, mine[sender])
+            receiver.unpack(0, piece)
             self.counts["blocks"] += len(spacing)
-            self.counts["blocks left out"] += len(wrong)
-            if both:
-                lattice.settle(flat[receiver], spacing)
-                self._fill(buffers[receiver], flat[receiver])
-            values = torch.empty_like(flat[receiver])
-            lattice.unrotate(found[receiver], values)
-            for block in wrong:
-                here = slice(block * lattice.BLOCK, (block + 1) * lattice.BLOCK)
-                values[here] = flat[receiver][here]
-            self._fill(target, values)
+            self.counts["blocks left out"] += round(receiver.left_out() * len(spacing))
         return self._arrived
-
-    def _fill(self, buffer: StateBuffer, values: Tensor) -> None:
-        views = self._views(buffer)
-        for view, part in zip(views, values.split([view.numel() for view in views]), strict=True):
-            view.view(-1).copy_(part)
-
-    def _views(self, buffer: StateBuffer) -> list[Tensor]:
-        return [buffer.views[spec.name] for spec in self._sent.tensors]
 
     def bytes_sent(self) -> float:
         """By a replica at a meeting at which its weights travel."""
         if self.wire == "int4":
-            tags = lattice.TAG_BYTES * lattice.blocks_of(self._sent.nbytes // 4)
-            return self._sent.nbytes / 8 + tags + sketch_bytes(self._sent.nbytes)
+            return packed_bytes(self._sent.nbytes) + sketch_bytes(self._sent.nbytes)
         return self._sent.nbytes / (2 if self.wire == "bf16" else 1)
 
     def _receive(

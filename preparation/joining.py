@@ -1,5 +1,6 @@
 """Documents become a corpus: one delimiter between any two, streamed, and in a way that a killed process can go on."""
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,13 +73,12 @@ def join(files: Sequence[Path], output: Path, text_field: str = "text", max_byte
         if partial.tally.written:
             say(f"going on with {partial.path}: {partial.tally.written:,} bytes are there")
         writer = CorpusWriter(partial.sink, max_bytes, partial.tally)
-        try:
+        with contextlib.ExitStack() as undoing:
+            undoing.callback(partial.discard_unmarked)
             _copy(files, text_field, partial, writer)
             if writer.tally.written == 0:
                 raise UserError(f"expected bytes to join, got {len(files)} files without any: name others")
-        except BaseException:
-            partial.discard_unmarked()
-            raise
+            undoing.pop_all()
         partial.finish()
     return writer.tally
 

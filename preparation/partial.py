@@ -6,6 +6,7 @@ counts them is renamed into place, so that whatever is killed, and whenever, the
 bytes beyond them are cut off and written again.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -57,12 +58,11 @@ class PartialCorpus:
         self.path, self._journal, self._next_journal = partial_paths(output)
         self.place, self.tally = Place(), Tally()
         self.sink = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
+        with contextlib.ExitStack() as undoing:
+            undoing.callback(self.sink.close)
             self._hold()
             self._go_on()
-        except BaseException:
-            self.sink.close()
-            raise
+            undoing.pop_all()
 
     def __enter__(self) -> "PartialCorpus":
         return self

@@ -1,5 +1,6 @@
 """A model for others' software: a folder with model.safetensors, the averaged weights, and config.json, their shape."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -60,7 +61,8 @@ def write_model(model: Model, output: Path) -> None:
     content = {"format": FORMAT, "model_config": model.config.to_dict(), "step": model.step, "loss": model.loss}
     temporary = temporary_name(output)
     temporary.mkdir()
-    try:
+    with contextlib.ExitStack() as undoing:
+        undoing.callback(shutil.rmtree, temporary)
         contiguous = {name: tensor.contiguous() for name, tensor in model.weights.items()}
         try:
             safetensors.torch.save_file(contiguous, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -69,9 +71,7 @@ def write_model(model: Model, output: Path) -> None:
         _sync_file(temporary / WEIGHTS_NAME)
         atomic_write(temporary / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
         os.rename(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
+        undoing.pop_all()
     sync_folder(output.parent)
 
 

@@ -3,12 +3,14 @@
 Everything here runs on the training thread.
 """
 
+import contextlib
 import dataclasses
 import math
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -157,15 +159,17 @@ class Trainer:
         Raises TrainingDiverged, RankReplaced. After any other error, a broken gossip thread's say, it saves before it
         raises.
         """
-        try:
+        with contextlib.ExitStack() as ending:
+            ending.push(self._end)
             self._train(deadline, progress)
-        except (TrainingDiverged, RankReplaced):
+
+    def _end(self, _kind: type | None, error: BaseException | None, _traceback: TracebackType | None) -> None:
+        if error is None:
+            self._save_last("stopped by a signal" if self.parts.signals.stop else "end of the budget")
+        elif isinstance(error, TrainingDiverged | RankReplaced):
             self.finish_save()
-            raise
-        except Exception:
+        elif isinstance(error, Exception):  # not what leaves at once, as an interrupt does
             self._save_last("ended by an error")
-            raise
-        self._save_last("stopped by a signal" if self.parts.signals.stop else "end of the budget")
 
     def _train(self, deadline: float, progress: Progress | None) -> None:
         options, signals, totals = self.options.run, self.parts.signals, self.totals

@@ -174,6 +174,21 @@ def test_converse_by_remainders_ends_where_a_sketch_is_not_what_was_sent(monkeyp
     assert received(parties[0], 0.0) and received(parties[1], 0.0)
 
 
+def test_converse_by_remainders_ends_where_a_peer_dies_in_its_sketch(monkeypatch):
+    parties = [Party(rank, rank + 1.0, 3.0, "average", wire_dtype="int4") for rank in range(2)]
+    send = Wire.send
+
+    async def die(wire, content):
+        if len(content) == sketch_bytes(parties[0].schema.nbytes):
+            await send(wire, content[:100])
+            raise ProtocolError(Fault.CLOSED, "it died")
+        await send(wire, content)
+
+    monkeypatch.setattr(Wire, "send", die)
+    assert talk(*parties) == [Fault.CLOSED, Fault.CLOSED]
+    assert received(parties[0], 0.0) and received(parties[1], 0.0)
+
+
 def test_converse_by_remainders_ends_where_most_is_too_far_apart(monkeypatch):
     parties = [Party(rank, rank + 1.0, 3.0 + rank, "average", wire_dtype="int4") for rank in range(2)]
     monkeypatch.setattr(gossip.exchange, "spacings", lambda mine, theirs: torch.full((len(mine),), 1e-3))

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from gossip import lattice, state_native
 from gossip.comparison import Evidence
 from gossip.decision import Policy
 from gossip.faults import Fault
 from gossip.protocol import Flow
 from gossip.state import Rule, Schema
+from gossip.wire_format import Bfloat16Wire
 from runtime.errors import UserError
 from tests.gossip_helpers import Rank, RawPeer, counted, hello, last_event, make_state, ranks, until, values_of
 
@@ -131,6 +133,26 @@ def test_remainders_of_four_bits_bring_both_near_the_mean(tmp_path):
     for rank in (one, other):
         values = torch.cat([tensor.view(-1) for tensor in rank.live.values()])
         assert 0 < (values - 2).square().mean().sqrt() < 0.5  # half of what rounding adds to a distance of 2
+    for name, tensor in one.live.items():  # what rounding adds to one it takes from the other
+        assert torch.allclose(tensor + other.live[name], torch.tensor(4.0), atol=1e-4)
+
+
+def test_a_merge_tells_what_was_left_out_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bfloat16Wire, "left_out", lambda form: 0.125)
+    with ranks(*pair(tmp_path, GOOD, EVEN, wire_dtype="bf16")) as (one, other):
+        other.call()
+        until(lambda: counted(one, averaged=1) and counted(other, averaged=1), one, other)
+        assert last_event(one)["message"].endswith(", 12.5% left out")
+
+
+def test_kernels_are_built_before_anybody_calls(tmp_path, monkeypatch):
+    built = []
+    for module in (lattice, state_native):
+        monkeypatch.setattr(module, "kernels", lambda module=module: built.append(module))
+    for dtype, wanted in (("bf16", [state_native]), ("int4", [state_native, lattice])):
+        with ranks(Rank(tmp_path / dtype, 0, wire_dtype=dtype)):
+            assert built == wanted
+        built.clear()
 
 
 @pytest.mark.parametrize("genes", [{}, {"lr": 0.1, "grad_clip": 1.0}])

@@ -307,6 +307,15 @@ def test_standing_of_is_none_without_a_ranking():
     ]  # fmt: skip
 
 
+def test_memory_is_gathered_once_before_the_first_step(run_train, monkeypatch):
+    done = []
+    step = loop.Trainer.train_step
+    monkeypatch.setattr(train, "gather_in_huge_pages", lambda: done.append("gathered"))
+    monkeypatch.setattr(loop.Trainer, "train_step", lambda trainer: done.append("step") or step(trainer))
+    run_train("run", "--train_steps", "2", *QUIET)
+    assert done == ["gathered", "step", "step"]
+
+
 def test_second_moments_do_not_travel_as_remainders(run_train):
     with pytest.raises(UserError, match=r"--gossip_payload weights beside --gossip_wire_dtype int4.*got full"):
         run_train("run", "--train_steps", "1", "--gossip_wire_dtype", "int4", "--gossip_payload", "full", *QUIET)

@@ -1,5 +1,9 @@
 """Numbers as float32, as bfloat16 and as remainders: what arrives, and how many bytes it took."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -141,6 +145,36 @@ def test_int4_leaves_no_rounding_between_tensors():
     assert bytes(buffer.bytes) != clean
     buffer.copy_from(live)
     assert bytes(buffer.bytes) == clean
+
+
+THREADS = """
+import os
+import torch
+from gossip.lattice import spacings
+from gossip.wire_format import RemainderWire, Bfloat16Wire, sketch_of
+torch.set_num_threads(4)
+one, other, arrived = (memoryview(torch.randn(131072).view(torch.uint8).numpy()) for _ in range(3))
+def pass_on(sender, receiver):
+    receiver.space(arrived)[:] = sender.pack(0, one)
+    receiver.unpack(0, arrived)
+before = len(os.listdir("/proc/self/task"))
+pass_on(Bfloat16Wire(len(one)), Bfloat16Wire(len(one)))
+spacing = spacings(sketch_of(one), sketch_of(other))
+pass_on(*(RemainderWire(own, spacing, len(one), settle=True) for own in (one, other)))
+after = len(os.listdir("/proc/self/task"))
+torch.randn(131072).bfloat16()  # so that it is known to start some where it may
+print(before, after, len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_rounding_for_the_wire_starts_no_threads():
+    """The network thread would wait for them, and they take training's cores."""
+    if state_native.kernels() is None:
+        pytest.skip("there is no C compiler here")
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", THREADS], cwd=root, capture_output=True, text=True, check=True)
+    before, after, with_torch = map(int, done.stdout.split())
+    assert before == after < with_torch
 
 
 def test_a_whole_state_travels_as_bfloat16_beside_int4():

@@ -136,7 +136,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         schema=Schema.of(travelling, weights.rules, setup.terms(options, weights, corpus)), live=travelling,
         scalars=weights.scalars, config=population, event_log=events,
         seed=options.optimizer.seed, leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
-        judge=fitness.judge, genes=lambda: dict(heredity.values),
+        judge=fitness.judge, known=lambda: fitness.known, genes=lambda: dict(heredity.values),
     )  # fmt: skip
     trainer = Trainer(
         Parts(

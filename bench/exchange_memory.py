@@ -44,10 +44,10 @@ def one_rank(pipe, rank: int, megabytes: int, case: str) -> None:
     baseline = peak_bytes()
     judged = 0
 
-    def judge() -> float:
+    def judge() -> tuple[float]:
         nonlocal judged
         judged += 1
-        return harm * (judged - 1)
+        return (harm * (judged - 1),)
 
     with tempfile.TemporaryDirectory() as folder:
         listener = listen("127.0.0.1", 0)

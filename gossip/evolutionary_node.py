@@ -23,6 +23,7 @@ from gossip.handshake import run_key
 from gossip.heartbeat import Heartbeat
 from gossip.intake import Intake, MergeReport
 from gossip.ledger import Counters, Ledger
+from gossip.merge import Losses
 from gossip.network_utils import join_address, parse_peer
 from gossip.protocol import Hello
 from gossip.reputation import Reputation
@@ -45,7 +46,7 @@ class GossipConfig:
     recombination_alpha: share of a fitter peer, 0 to 1; wire_dtype: one of WIRE_DTYPES; peers: "host:port" to call
     beside those in the registry; filesystem_coordinator: keep the registry in the run directory; *_seconds: between
     heartbeats, of silence after which a rank counts as dead, and for a whole exchange; rollback_tolerance: a merge that
-    makes the judge's loss worse by more (nats per byte) is undone, None: none is.
+    makes one of the judge's losses worse by more (nats per byte) is undone, None: none is.
     """
 
     mixing_rate: float = 0.01
@@ -85,9 +86,9 @@ class EvolutionaryNode:
     run_dir: holds the registry (None: only without the filesystem coordinator); listener: see network_utils.listen(),
     closed by close(); live: the training tensors by the schema's names, contiguous and written in place; scalars: the
     optimizer's numbers, genes: the hyperparameters that evolve, both called at step boundaries; leader_duty: called on
-    the coordinator thread after a beat when leading; secret: the run's, see run_secret(); judge: loss in nats per byte
-    of the live weights on bytes that are the same each time, by which a merge that does harm is known (None: none is
-    judged).
+    the coordinator thread after a beat when leading; secret: the run's, see run_secret(); judge: losses of the live
+    weights on bytes that are the same each time, by which a merge that does harm is known (None: none is judged);
+    known: these losses where they were measured lately, None where not.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class EvolutionaryNode:
         seed: int,
         leader_duty: Callable[[Roster], None] | None,
         secret: bytes,
-        judge: Callable[[], float] | None = None,
+        judge: Callable[[], Losses] | None = None,
+        known: Callable[[], Losses | None] = lambda: None,
         genes: Callable[[], dict[str, float]] = dict,
     ) -> None:
         assert not config.filesystem_coordinator or run_dir is not None
@@ -118,7 +120,7 @@ class EvolutionaryNode:
         self._live = live
         self._config = config
         self._leader_duty = leader_duty
-        self._judge = judge
+        self._judge, self._known = judge, known
         self._key = run_key(secret, run_id)
         self._ledger = Ledger(event_log)
         self._desk = SnapshotDesk(schema, live, scalars, genes)
@@ -163,6 +165,7 @@ class EvolutionaryNode:
             method=config.policy.method,
             alpha=config.recombination_alpha,
             judge=self._judge,
+            known=self._known,
             tolerance=config.rollback_tolerance,
             reputation=self._reputation,
             ledger=self._ledger,

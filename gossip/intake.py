@@ -1,7 +1,5 @@
 """What becomes of a peer's snapshot: merged, kept or undone, and accounted for; its sender is remembered for harm."""
 
-import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from gossip.faults import Fault, ProtocolError
 from gossip.ledger import Ledger
-from gossip.merge import merge_judged, weight_norm
+from gossip.merge import Losses, merge_judged, weight_norm
 from gossip.protocol import Decision, Flow
 from gossip.reputation import Reputation
 from gossip.snapshot_desk import Delivery, SnapshotDesk
@@ -48,8 +46,9 @@ class MergeReport:
 class Intake:
     """Applies deliveries to the live weights. All methods are for the training thread.
 
-    live: the training tensors by the schema's names; judge: loss of the live weights in nats per byte, None: no merge
-    is judged; tolerance: how much worse a merge may make it; reputation: told of peers whose weights did harm.
+    live: the training tensors by the schema's names; judge: losses of the live weights, None: no merge is judged;
+    known: these losses where they were measured lately; tolerance: how much worse a merge may make any of them;
+    reputation: told of peers whose weights did harm.
     """
 
     def __init__(
@@ -58,7 +57,8 @@ class Intake:
         live: Mapping[str, Tensor],
         method: str,
         alpha: float,
-        judge: Callable[[], float] | None,
+        judge: Callable[[], Losses] | None,
+        known: Callable[[], Losses | None],
         tolerance: float | None,
         reputation: Reputation,
         ledger: Ledger,
@@ -69,6 +69,7 @@ class Intake:
         self._method = method
         self._alpha = alpha
         self._judge = judge if tolerance is not None else None
+        self._known = known
         self._tolerance = tolerance
         self._reputation = reputation
         self._ledger = ledger
@@ -91,7 +92,7 @@ class Intake:
                 self._alpha,
                 self._judge,
                 self._tolerance,
-                self._known_loss(),
+                self._known(),
             )
         except ProtocolError as error:
             self.drop(delivery, error)
@@ -102,8 +103,7 @@ class Intake:
         seconds = time.perf_counter() - began
         if not trial.kept:
             distrust = self._strike(delivery)
-            message = f"{trial.before:.4f} before, {trial.after:.4f} nats/byte after, step {outcome.received.step}"
-            self._end(delivery, "rolled_back", "rolled_back", f"{message}; {distrust}")
+            self._end(delivery, "rolled_back", "rolled_back", f"{trial}, step {outcome.received.step}; {distrust}")
             return None
         self._desk.weights_changed(outcome.received.lineage)
         ending, event = ("averaged", "averaged") if outcome.decision.flow is Flow.BOTH else ("lost", "merged")
@@ -122,14 +122,9 @@ class Intake:
             both=outcome.decision.flow is Flow.BOTH,
             clonal=outcome.decision.whole,
             distance=trial.distance,
-            judged=not math.isnan(trial.after),
+            judged=bool(trial.after),
             seconds=seconds,
         )
-
-    def _known_loss(self) -> float | None:
-        """What the judge would say of the live weights, where they were measured lately."""
-        evidence = self._desk.published.evidence
-        return None if evidence is None else statistics.fmean(evidence.losses)
 
     def _method_of(self, decision: Decision) -> str:
         if decision.whole:

@@ -14,16 +14,23 @@ from gossip.state_native import can_merge, merge_piece
 
 PIECE_ITEMS = 1024 * 1024  # merged at a time
 
+# What a judge says of the live weights, nats per byte: a loss for each form in which they are used, always as many.
+Losses = tuple[float, ...]
+
 
 @dataclass(frozen=True)
 class Trial:
-    """A judged merge: the losses before and after it in nats per byte (NaN: not judged), and whether it was kept;
-    distance: see merge()."""
+    """A judged merge: the losses before and after it (none: not judged), and whether it was kept; distance: see
+    merge()."""
 
-    before: float
-    after: float
+    before: Losses
+    after: Losses
     kept: bool
     distance: float
+
+    def __str__(self) -> str:
+        before, after = (" and ".join(f"{loss:.4f}" for loss in losses) for losses in (self.before, self.after))
+        return f"{before} before, {after} nats/byte after"
 
 
 @torch.no_grad()
@@ -81,25 +88,26 @@ def merge_judged(
     own: Mapping[str, Tensor] | None,
     method: str,
     alpha: float,
-    judge: Callable[[], float] | None,
+    judge: Callable[[], Losses] | None,
     tolerance: float | None,
-    before: float | None = None,
+    before: Losses | None = None,
 ) -> Trial:
-    """merge(), undone bit for bit where it does harm: `judge`, the loss of the live weights in nats per byte, must be
-    finite after it and not above the loss before it by more than `tolerance`.
+    """merge(), undone bit for bit where it does harm: each of the losses that `judge` finds must be finite after it and
+    not above the one before it by more than `tolerance`.
 
-    before: that loss before it, where it is known already; judge None: the merge is kept. An error of the judge is
+    before: the losses before it, where they are known already; judge None: the merge is kept. An error of the judge is
     raised, and live is then as it was.
     """
     if judge is None:
         distance = merge(live, schema, peer, own, method, alpha)
-        return Trial(math.nan, math.nan, True, distance)
+        return Trial((), (), True, distance)
     before = judge() if before is None else before
     distance = merge(live, schema, peer, own, method, alpha)
     with contextlib.ExitStack() as undoing:  # also if the judge raises
         undoing.callback(swap, live, schema, peer)
         after = judge()
-        kept = math.isfinite(after) and not after > before + tolerance  # one before that is not finite is beaten by any
+        # One before that is not finite is beaten by any.
+        kept = all(math.isfinite(y) and not y > x + tolerance for x, y in zip(before, after, strict=True))
         if kept:
             undoing.pop_all()
     return Trial(before, after, kept, distance)

@@ -70,11 +70,11 @@ class Rank:
         self.genes = genes or {}
         self.scalars = {"k": float(rank)}
         self.step = self.lineage = 0
-        self.fitness = self.evidence = None
+        self.fitness = self.evidence = self.known = None
         self.node = EvolutionaryNode(
             Identity(rank, rank, world_size, world_size, "alone"), run_id, folder, listen("127.0.0.1", port),
             self.schema, self.live, lambda: self.scalars, GossipConfig(**config), self.log, seed, duty, SECRET,
-            judge, lambda: self.genes,
+            judge, lambda: self.known, lambda: self.genes,
         )  # fmt: skip
         self.node.start()
         self.boundary()

@@ -141,7 +141,7 @@ def test_evolution_clonal_takes_the_optimizers_counters_along(corpus):
 
 def test_evolution_one_way_by_the_probe_prefers_the_lower_loss(corpus):
     replicas = replicas_of(corpus, 2)
-    better = min(replicas, key=lambda replica: replica.fitness.judge())
+    better = min(replicas, key=lambda replica: replica.fitness.judge()[0])
     before = {name: tensor.clone() for name, tensor in better.live.items()}
     for caller, called in (replicas, replicas[::-1]):
         policy_on("one_way:winner=probe,alpha=0.1", replicas).meet(caller, called)

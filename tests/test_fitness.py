@@ -10,7 +10,7 @@ from training.fitness import Fitness
 
 
 class Scripted:
-    """A probe whose windows both have the next of some losses."""
+    """A probe whose windows both have the next of some losses; training's own weights are worse by 1."""
 
     id, windows = "ab" * 16, 2
 
@@ -20,7 +20,7 @@ class Scripted:
     def measure(self):
         self.measured += 1
         loss = self.losses.pop(0)
-        return loss, Evidence(self.id, (loss, loss)) if math.isfinite(loss) else None
+        return (loss, loss + 1), Evidence(self.id, (loss, loss)) if math.isfinite(loss) else None
 
 
 def fitness_of(*losses, kind="probe", every=10):
@@ -40,7 +40,7 @@ def test_fitness_of_replaced_weights_is_unknown_until_it_is_measured():
     fitness = fitness_of(3.0, 5.0)
     fitness.measure_if_due(1)
     fitness.replaced(judged=False)
-    assert fitness.value is None and fitness.evidence is None and fitness.best == 3.0
+    assert fitness.value is None and fitness.evidence is None and fitness.known is None and fitness.best == 3.0
     fitness.measure_if_due(2)
     assert fitness.value == 5.0 and fitness.best == 3.0
 
@@ -48,9 +48,11 @@ def test_fitness_of_replaced_weights_is_unknown_until_it_is_measured():
 def test_fitness_of_a_judged_merge_is_what_the_judge_saw_last():
     fitness = fitness_of(3.0, 2.5)
     fitness.measure_if_due(1)
-    assert fitness.judge() == 2.5 and fitness.value == 3.0  # nothing is settled yet: it may be undone
+    assert fitness.judge() == (2.5, 3.5) and fitness.value == 3.0  # nothing is settled yet: it may be undone
+    assert fitness.known == (3.0, 4.0)
     fitness.replaced(judged=True)
     assert fitness.value == fitness.best == 2.5 and fitness.evidence.losses == (2.5, 2.5)
+    assert fitness.known == (2.5, 3.5)
     fitness.measure_if_due(2)
     assert fitness.probe.measured == 2
 
@@ -60,7 +62,7 @@ def test_fitness_by_a_moving_average_costs_no_probe():
     fitness.measure_if_due(0)
     assert fitness.probe.measured == 0 and fitness.value is None
     fitness.tracker.observe(2.0)
-    assert fitness.value == fitness.best == 2.0 and fitness.evidence is None
+    assert fitness.value == fitness.best == 2.0 and fitness.evidence is None and fitness.known is None
     fitness.replaced(judged=True)
     assert fitness.value is None
 
@@ -69,7 +71,7 @@ def test_fitness_by_a_moving_average_costs_no_probe():
 def test_fitness_of_what_is_not_finite_is_unknown(loss):
     fitness = fitness_of(loss, 1.0)
     fitness.measure_if_due(1)
-    assert fitness.value is None and fitness.best is None
+    assert fitness.value is None and fitness.known is None and fitness.best is None
     fitness.measure_if_due(2)
     assert fitness.value == 1.0
 

@@ -121,7 +121,7 @@ class Ward:
 
     def judge(self):
         self.judged += 1
-        return self.losses[0 if self.unharmed() else 1]
+        return (self.losses[0 if self.unharmed() else 1],)
 
     def unharmed(self):
         return all(torch.equal(tensor, self.before[name]) for name, tensor in self.rank.live.items())
@@ -154,6 +154,17 @@ def test_node_undoes_a_harmful_merge_bit_for_bit_and_counts_it(tmp_path, method,
         assert f"1.0000 before, {harmed:.4f} nats/byte after" in event["message"] and "60 s" in event["message"]
         until(lambda: idle(bad, rank), bad, rank)
         assert_answers(rank)  # the slot and the receive buffer are free again
+
+
+@pytest.mark.injects(Injection.HARMFUL_UPDATE)
+@pytest.mark.parametrize(("known", "undone"), [(1.05, 1), (1.2, 0)])
+def test_node_judges_by_losses_that_are_known_already(tmp_path, known, undone):
+    ward = Ward(tmp_path, harmed=1.2)
+    with ranks(ward.bad, ward.rank):
+        ward.rank.known = (known,)
+        ward.call(ward.rank)
+        until(lambda: counted(ward.rank, rolled_back=undone, lost=1 - undone), ward.bad, ward.rank)
+        assert ward.judged == 1
 
 
 @pytest.mark.injects(Injection.HARMFUL_UPDATE)

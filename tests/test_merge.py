@@ -150,7 +150,7 @@ def test_merge_writes_parameters_in_place_and_needs_no_gradient():
 
 
 class Judge:
-    """A loss before a merge and one after it; an exception is raised instead."""
+    """A loss before a merge and one after it, or several of each; an exception is raised instead."""
 
     def __init__(self, *losses):
         self.losses = list(losses)
@@ -159,7 +159,7 @@ class Judge:
         loss = self.losses.pop(0)
         if isinstance(loss, BaseException):
             raise loss
-        return loss
+        return loss if isinstance(loss, tuple) else (loss,)
 
 
 METHODS = ["clonal", "recombination", "average"]
@@ -167,7 +167,19 @@ METHODS = ["clonal", "recombination", "average"]
 
 @pytest.mark.injects(Injection.HARMFUL_UPDATE)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("before", "after"), [(1.0, 1.2), (1.0, math.nan), (1.0, math.inf), (math.nan, math.nan)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (1.0, 1.2),
+        (1.0, math.nan),
+        (1.0, math.inf),
+        (math.nan, math.nan),
+        ((1.0, 2.0), (0.9, 2.2)),
+        ((1.0, 2.0), (1.2, 1.9)),
+        ((1.0, 2.0), (0.9, math.nan)),
+    ],
+    ids=str,
+)
 def test_merge_judged_undoes_what_does_harm_bit_for_bit(method, before, after):
     live, own, views = state(1), state(2), buffered(state(3))
     kept, peer = clone(live), clone(views)
@@ -176,13 +188,16 @@ def test_merge_judged_undoes_what_does_harm_bit_for_bit(method, before, after):
     assert method != "clonal" or all(torch.equal(views[name], peer[name]) for name in SHAPES)
 
 
+KEPT = [(1.0, 1.0), (1.0, 1.09), (1.0, 0.2), (math.nan, 9.0), (math.inf, 9.0), ((1.0, 2.0), (1.09, 2.09))]
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("before", "after"), [(1.0, 1.0), (1.0, 1.09), (1.0, 0.2), (math.nan, 9.0), (math.inf, 9.0)])
+@pytest.mark.parametrize(("before", "after"), KEPT, ids=str)
 def test_merge_judged_keeps_what_does_no_harm(method, before, after):
     live, judged, own, peer = state(1), state(1), state(2), state(3)
     merge(live, SCHEMA, buffered(peer), buffered(own), method, 0.5)
     trial = merge_judged(judged, SCHEMA, buffered(peer), buffered(own), method, 0.5, Judge(before, after), 0.1)
-    assert trial.kept and trial.after == after
+    assert trial.kept and trial.after == (after if isinstance(after, tuple) else (after,))
     assert_same(judged, live)
 
 
@@ -190,9 +205,15 @@ def test_merge_judged_judges_the_weights_before_and_after():
     live = state(1)
     means = [float(state(seed)["y"].mean()) for seed in (1, 3)]
     trial = merge_judged(
-        live, SCHEMA, buffered(state(3)), None, "clonal", 0.5, lambda: float(live["y"].mean()), tolerance=9.0
+        live, SCHEMA, buffered(state(3)), None, "clonal", 0.5, lambda: (float(live["y"].mean()),), tolerance=9.0
     )
-    assert [trial.before, trial.after] == means
+    assert [trial.before, trial.after] == [(mean,) for mean in means]
+    assert str(trial) == f"{means[0]:.4f} before, {means[1]:.4f} nats/byte after"
+
+
+def test_merge_judged_takes_losses_that_are_known_for_those_before():
+    trial = merge_judged(state(1), SCHEMA, buffered(state(3)), None, "clonal", 0.5, Judge(1.2), 0.1, before=(1.0,))
+    assert (trial.before, trial.after, trial.kept) == ((1.0,), (1.2,), False)
 
 
 def test_merge_judged_without_a_judge_keeps_all():

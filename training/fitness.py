@@ -6,6 +6,7 @@ from typing import Any
 
 from gossip.comparison import Evidence
 from gossip.fitness_tracker import FitnessTracker
+from gossip.merge import Losses
 from training.probe import Probe
 
 DESCRIPTIONS = {
@@ -27,7 +28,8 @@ class Fitness:
         self.seconds = 0.0  # spent on the probe by this process
         self._every = every
         self._evidence: Evidence | None = None  # of the live weights
-        self._judged: Evidence | None = None  # of those that judge() saw last, live or not
+        self._known: Losses | None = None  # of the live weights, with their evidence
+        self._judged: tuple[Losses, Evidence | None] | None = None  # of those that judge() saw last, live or not
         self._best: float | None = None
 
     @property
@@ -47,12 +49,18 @@ class Fitness:
         """The lowest fitness ever known."""
         return self.tracker.best if self.kind == "ema" else self._best
 
-    def judge(self) -> float:
-        """The probe's loss of the live weights, measured now: by it a merge is judged."""
+    def judge(self) -> Losses:
+        """The probe's losses of the live weights, averaged and as training holds them, measured now: by them a merge is
+        judged. Both, since a peer whose base iterate is far off spoils training long before the average shows it."""
         began = time.perf_counter()
-        loss, self._judged = self.probe.measure()
+        self._judged = losses, _ = self.probe.measure()
         self.seconds += time.perf_counter() - began
-        return loss
+        return losses
+
+    @property
+    def known(self) -> Losses | None:
+        """What judge() would say of the live weights, as old as their evidence; None where it has to be asked."""
+        return self._known
 
     def measure_if_due(self, step: int) -> None:
         """Measure the probe, where it counts: every `every` steps, and where there is no evidence of these weights."""
@@ -63,13 +71,15 @@ class Fitness:
     def replaced(self, judged: bool) -> None:
         """The weights were changed by other means than training; judged: and judge() saw them last as they are now."""
         self.tracker.reset()
-        self._evidence = None
+        self._evidence = self._known = None
         if judged and self.kind == "probe":
             self._take_evidence()
 
     def _take_evidence(self) -> None:
         """What judge() saw are the live weights."""
-        self._evidence = self._judged
+        assert self._judged is not None
+        losses, self._evidence = self._judged
+        self._known = None if self._evidence is None else losses
         value = self.value
         if value is not None:
             self._best = value if self._best is None else min(self._best, value)

@@ -77,18 +77,19 @@ def averaged_loss(model: MinLM, weights: TrainedWeights, chunks: Iterable[Chunk]
 
 
 @torch.no_grad()
-def averaged_lane_losses(
-    model: MinLM, weights: TrainedWeights, chunks: Iterable[Chunk], device: torch.device
+def lane_losses(
+    model: MinLM, weights: TrainedWeights | None, chunks: Iterable[Chunk], device: torch.device
 ) -> np.ndarray:
-    """Mean loss of the averaged weights over each lane of each chunk, every one from a state of zero: float32 (lanes,).
+    """Mean loss over each lane of each chunk, every one from a state of zero: float32 (lanes,). Of the averaged weights
+    or, weights None, of the model's own, which training holds.
 
     Training's weights stay untouched; the model is left in eval mode.
     """
-    with_averaged = _averaged_model(model, weights)
+    forward = model.eval() if weights is None else _averaged_model(model, weights)
     losses = []
     for chunk in chunks:
         ids_BS = _to_device(chunk.ids_BS, device)
-        logits_BTV, _ = with_averaged(ids_BS[:, :-1], None, _to_device(chunk.reset_BT, device))
+        logits_BTV, _ = forward(ids_BS[:, :-1], None, _to_device(chunk.reset_BT, device))
         targets_BT = ids_BS[:, 1:].long()
         losses.append(F.cross_entropy(logits_BTV.mT.float(), targets_BT, reduction="none").mean(dim=1))
     return torch.cat(losses).cpu().numpy()

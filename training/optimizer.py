@@ -21,6 +21,7 @@ class TrainedWeights(Protocol):
 
     family: str
     moments_counter: str  # which of the scalars counts the steps behind the second moments
+    averages: bool  # averaged() are others than those that training holds
     rules: dict[str, Rule]
 
     def step(self) -> None:
@@ -71,6 +72,7 @@ class ScheduleFreeWeights:
 
     family = "schedule-free AdamW"
     moments_counter = "k"
+    averages = True
 
     def __init__(self, model: nn.Module, options: OptimizerOptions) -> None:
         self._parameters = dict(model.named_parameters())
@@ -151,6 +153,7 @@ class AdamWWeights:
 
     family = "AdamW"
     moments_counter = "steps"
+    averages = False
 
     def __init__(self, model: nn.Module, options: OptimizerOptions) -> None:
         self._parameters = dict(model.named_parameters())

@@ -7,14 +7,15 @@ import torch
 from blake3 import blake3
 
 from gossip.comparison import Evidence
+from gossip.merge import Losses
 from gossip.protocol import LOSS_LIMIT, PROBE_WINDOWS_LIMIT
 from mingru.minLM import MinLM
 from training.data import Chunk, Region, document_starts
-from training.losses import averaged_lane_losses
+from training.losses import lane_losses
 from training.optimizer import TrainedWeights
 
 WINDOW_BYTES = 256  # targets of a window
-LEAST_WINDOWS = 8  # fewer are little evidence, whatever the budget is
+LEAST_WINDOWS = 8  # fewer are little evidence, whatever the budget is; so many training's own weights are measured on
 _FORWARD_SHARE = 1 / 3  # of a training step, that a pass without gradients costs
 _HELD_OUT_SHARE = 4  # at most one part in so many of the held-out bytes is the probe's
 _DIGITS = 5  # of a loss that travels: 1e-5 nats
@@ -34,9 +35,10 @@ def split_probe(training: Region, held_out: Region | None) -> tuple[Region, Regi
 
 
 def affordable_windows(step_bytes: int, probe_every: float, budget: float) -> int:
-    """Windows that cost `budget`, a share of training's work, every `probe_every` steps of `step_bytes`; at least 8."""
+    """Windows that cost `budget`, a share of training's work, every `probe_every` steps of `step_bytes`, with the few
+    that training's own weights are measured on; at least 8."""
     affordable = int(budget * probe_every * step_bytes / _FORWARD_SHARE / WINDOW_BYTES)
-    return min(max(affordable, LEAST_WINDOWS), PROBE_WINDOWS_LIMIT)
+    return min(max(affordable - LEAST_WINDOWS, LEAST_WINDOWS), PROBE_WINDOWS_LIMIT)
 
 
 class Probe:
@@ -65,14 +67,18 @@ class Probe:
         self._delimiter = region.corpus.delimiter
         self._model, self._weights, self._device = model, weights, device
 
-    def measure(self) -> tuple[float, Evidence | None]:
-        """The averaged weights as they are now, each window from a state of zero: their mean loss in nats per byte, and
-        the windows' losses, None if those are beyond LOSS_LIMIT or not numbers.
+    def measure(self) -> tuple[Losses, Evidence | None]:
+        """The weights as they are now, each window from a state of zero: mean losses in nats per byte of the averaged
+        ones and, where training holds others, of those on the first windows; and the averaged ones' losses of each
+        window, None if those are beyond LOSS_LIMIT or not numbers.
         """
-        losses = averaged_lane_losses(self._model, self._weights, self._passes(), self._device)
-        sound = bool((losses <= LOSS_LIMIT).all())  # NaN is not
-        evidence = Evidence(self.id, tuple(round(float(x), _DIGITS) for x in losses)) if sound else None
-        return float(losses.mean()), evidence
+        averaged = lane_losses(self._model, self._weights, self._passes(self.windows), self._device)
+        sound = bool((averaged <= LOSS_LIMIT).all())  # NaN is not
+        evidence = Evidence(self.id, tuple(round(float(x), _DIGITS) for x in averaged)) if sound else None
+        if not self._weights.averages:
+            return (float(averaged.mean()),), evidence
+        held = lane_losses(self._model, None, self._passes(LEAST_WINDOWS), self._device)
+        return (float(averaged.mean()), float(held.mean())), evidence
 
     def __str__(self) -> str:
         return f"probe: {self.windows} windows of {self._ids_NS.shape[1] - 1} bytes"
@@ -82,7 +88,8 @@ class Probe:
         """How many windows are measured."""
         return len(self._ids_NS)
 
-    def _passes(self) -> Iterator[Chunk]:
-        for first in range(0, self.windows, self._lanes):
-            ids_BS = self._ids_NS[first : first + self._lanes]
+    def _passes(self, windows: int) -> Iterator[Chunk]:
+        ids_NS = self._ids_NS[:windows]
+        for first in range(0, len(ids_NS), self._lanes):
+            ids_BS = ids_NS[first : first + self._lanes]
             yield Chunk(ids_BS, document_starts(ids_BS[:, :-1], self._delimiter))

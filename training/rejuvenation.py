@@ -54,8 +54,7 @@ class Rejuvenation:
         )  # fmt: skip
         if not trial.kept:
             self._refused.add(name)
-            losses = f"{trial.before:.4f} before, {trial.after:.4f} nats/byte after"
-            trainer.event("rolled_back", f"{link.name} ({name}): {losses}")
+            trainer.event("rolled_back", f"{link.name} ({name}): {trial}")
             return
         trainer.parts.node.weights_changed()
         whole = options.gossip_merge_method == "clonal"

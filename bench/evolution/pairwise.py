@@ -220,7 +220,7 @@ class OneWay(Selection):
     def _loss(self, replica: Replica) -> float | None:
         if self.winner == "random":
             return self.dice.random()
-        return replica.fitness.judge() if self.winner == "probe" else replica.fitness.value
+        return replica.fitness.judge()[0] if self.winner == "probe" else replica.fitness.value
 
 
 @dataclass

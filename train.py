@@ -171,7 +171,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     mfu = "no MFU: its peak is unknown" if peak_flops(device, dtype) is None else "MFU beside the rate"
     log.line(f"computes in {str(dtype).removeprefix('torch.')} on {device}; {mfu}", echo=is_first)
     if (resumed and resumed.file.rank != identity.rank) or (not resumed and options.run.init_from):
-        trainer.save("where it starts")  # what it came from lies elsewhere, and may go
+        trainer.saving.begin("where it starts")  # what it came from lies elsewhere, and may go
     del resumed  # a whole state
     if device.type == "cpu":
         gather_in_huge_pages()
@@ -197,12 +197,12 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         if progress:
             progress.close()
         node.close()
-        trainer.finish_save()
+        trainer.saving.finish()
         events.close()
         log.close()
         held.close()
-    if trainer.unsaved is not None:
-        say(f"error: rank {identity.rank}: its last steps, up to {trainer.totals.step}, are lost: {trainer.unsaved}")
+    if (why := trainer.saving.unsaved) is not None:
+        say(f"error: rank {identity.rank}: its last steps, up to {trainer.totals.step}, are lost: {why}")
         return 1
     return 0
 

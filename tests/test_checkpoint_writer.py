@@ -26,6 +26,7 @@ from training.metrics import RunLog
 from training.optimizer import build_optimizer
 from training.options import OptimizerOptions
 from training.recovery import Recovery
+from training.saving import Saving
 
 CONFIG = ModelConfig(dim=16, depth=1)
 TRAINING = dict.fromkeys("scalars state lanes totals mixes fitness genes dice torch_rng".split())
@@ -170,20 +171,20 @@ def test_on_a_gpu_a_write_after_the_beginning_does_not_reach_the_file(tmp_path):
 
 def hang_at_the_first_save(monkeypatch, disk: Disk, free_at_step: int) -> list[Trainer]:
     """The first save's sync hangs until training has come to `free_at_step`; returns a list for the trainer."""
-    seen, save, step = [], Trainer.save, Trainer.train_step
+    seen, begin, step = [], Saving.begin, Trainer.train_step
 
     def hanging(self, why="") -> None:
         if not seen:
-            seen.append(self)
+            seen.append(self._trainer)
             disk.hang()
-        save(self, why)
+        begin(self, why)
 
     def freeing(self) -> bool:
         if self.totals.step == free_at_step:
             disk.free()
         return step(self)
 
-    monkeypatch.setattr(Trainer, "save", hanging)
+    monkeypatch.setattr(Saving, "begin", hanging)
     monkeypatch.setattr(Trainer, "train_step", freeing)
     return seen
 
@@ -226,7 +227,7 @@ def test_a_return_to_the_last_good_state_waits_for_the_save_under_way(run_train,
     trainer.parts.log = RunLog(tmp_path / "after.log", echo=False)
     trainer.totals.step += 1
     disk.hang()
-    trainer.save()
+    trainer.saving.begin()
     assert disk.waiting.wait(30)
     threading.Timer(0.3, disk.free).start()
     recovery = Recovery(trainer)

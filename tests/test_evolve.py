@@ -32,7 +32,7 @@ def test_a_rank_trains_with_the_hyperparameters_it_drew(run_train, trainers):  #
 def test_a_loser_inherits_and_an_average_does_not(run_train, trainers, monkeypatch, tmp_path):  # noqa: F811
     run_train("run", "--train_steps", "5", "--mutation_scale", "0", *EVOLVE, *QUIET)
     (trainer,) = trainers
-    monkeypatch.setattr(trainer, "_line", lambda text: None)
+    monkeypatch.setattr(trainer, "line", lambda text: None)
     own, genes = dict(trainer.parts.heredity.values), {"lr": 5e-3, "weight_decay": 0.02}
     merged(trainer, monkeypatch, True, trainer.weights.scalars(), genes)
     assert trainer.parts.heredity.values == own
@@ -55,7 +55,7 @@ def test_hyperparameters_go_on_from_a_checkpoint(run_train, trainers):  # noqa: 
 def test_second_moments_keep_their_counter(run_train, trainers, monkeypatch, payload, k):  # noqa: F811
     run_train("run", "--train_steps", "5", "--gossip_payload", payload, *QUIET)
     (trainer,) = trainers
-    monkeypatch.setattr(trainer, "_line", lambda text: None)
+    monkeypatch.setattr(trainer, "line", lambda text: None)
     travelling = {name[0] for name in trainer.parts.node._live}
     assert travelling == ({"y", "z", "v"} if payload == "full" else {"y", "z"})
     merged(trainer, monkeypatch, False, {**trainer.weights.scalars(), "k": 7.0, "weight_sum": 3.0}, {})

@@ -165,13 +165,14 @@ def test_a_full_disk_at_a_save_is_logged_and_training_goes_on(text, tmp_path):
     # A limit on the size of files fails the checkpoint (about 200 kB), in the middle of its writing, and nothing else.
     root = Path(__file__).parents[1]
     script = (
-        "import resource, sys; sys.argv[0] = 'train.py'; import train, training.loop as loop\n"
-        "original = loop.Trainer.save\n"
-        "def save(self, why=''):\n"
-        "    limit = 50_000 if self.totals.step == 32 else resource.RLIM_INFINITY\n"
+        "import resource, sys; sys.argv[0] = 'train.py'; import train\n"
+        "from training.saving import Saving\n"
+        "original = Saving.begin\n"
+        "def begin(self, why=''):\n"
+        "    limit = 50_000 if self._trainer.totals.step == 32 else resource.RLIM_INFINITY\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
         "    original(self, why)\n"
-        "loop.Trainer.save = save\n"
+        "Saving.begin = begin\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     flags = ["--data", str(text), "--output", "run", "--dim", "16", "--depth", "2", "--batch_size", "2", "--cpu",
@@ -231,8 +232,8 @@ def test_weights_that_are_not_finite_are_never_saved(run_train, trainers, tmp_pa
     before = sorted(run_dir.glob("*.pt"))
     trainer.weights.tensors()["y.token_emb.weight"][3, 3] = math.nan
     trainer.totals.step += 1
-    trainer.save()
-    trainer.finish_save()
+    trainer.saving.begin()
+    trainer.saving.finish()
     assert sorted(run_dir.glob("*.pt")) == before
     assert "not finite" in (tmp_path / "gossip_logs" / "run_rank_0000.tsv").read_text()
 

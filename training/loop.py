@@ -22,7 +22,7 @@ from gossip.filesystem_coordinator import RankReplaced
 from gossip.state import Schema
 from mingru.minLM import MinLM, MinLMState
 from runtime.signals import SignalFlags
-from training.checkpoint_writer import CheckpointWriter, Moment, Saved
+from training.checkpoint_writer import CheckpointWriter
 from training.computation import choose_dtype, flops_per_byte, peak_flops, training_pass
 from training.data import LaneReader, Region, validation_chunks
 from training.fitness import Fitness
@@ -31,11 +31,10 @@ from training.losses import averaged_loss, chunk_loss
 from training.metrics import MetricsFile, Progress, RunLog, report_line
 from training.optimizer import TrainedWeights
 from training.options import Options
-from training.population import save_chance, standing_of
 from training.recovery import Recovery, TrainingDiverged
 from training.rejuvenation import Rejuvenation
-from training.resume import capture
 from training.run_directory import RunDirectory
+from training.saving import Saving
 
 
 @dataclass
@@ -97,9 +96,7 @@ class Trainer:
         self.bytes_per_s: float | None = None
         self._recovery = Recovery(self)
         self._rejuvenation = Rejuvenation(self)
-        self.saved_step: int | None = None
-        self._save_failure: str | None = None  # of the newest save
-        self._save_due = False
+        self.saving = Saving(self)
         self._flops_per_byte = flops_per_byte(parts.model)
         self._peak_flops = peak_flops(parts.device, choose_dtype(parts.options.compute.dtype, parts.device))
 
@@ -165,17 +162,17 @@ class Trainer:
 
     def _end(self, _kind: type | None, error: BaseException | None, _traceback: TracebackType | None) -> None:
         if error is None:
-            self._save_last("stopped by a signal" if self.parts.signals.stop else "end of the budget")
+            self.saving.last("stopped by a signal" if self.parts.signals.stop else "end of the budget")
         elif isinstance(error, TrainingDiverged | RankReplaced):
-            self.finish_save()
+            self.saving.finish()
         elif isinstance(error, Exception):  # not what leaves at once, as an interrupt does
-            self._save_last("ended by an error")
+            self.saving.last("ended by an error")
 
     def _train(self, deadline: float, progress: Progress | None) -> None:
         options, signals, totals = self.options.run, self.parts.signals, self.totals
         last_step = math.inf if options.train_steps is None else options.train_steps
         if totals.step >= last_step:
-            self._line(f"nothing to do: --train_steps {last_step} is reached")
+            self.line(f"nothing to do: --train_steps {last_step} is reached")
         self._meet_population()  # so that the others know where it stands before its first step is done
         before, cpu_before = time.monotonic(), time.thread_time()
         logged_time, logged_bytes = before, totals.bytes_seen
@@ -190,10 +187,10 @@ class Trainer:
                     self.bytes_per_s = (totals.bytes_seen - logged_bytes) / (now - logged_time)
                     logged_time, logged_bytes = now, totals.bytes_seen
                     self._report()
-                self._save_due |= self._draw_save()
+                self.saving.consider()
             else:
                 self._recovery.bad_step()
-            self._save_if_wanted()
+            self.saving.begin_if_wanted()
             now, cpu_now = time.monotonic(), time.thread_time()
             totals.seconds += now - before
             totals.cpu_seconds += cpu_now - cpu_before
@@ -227,7 +224,7 @@ class Trainer:
     def _inherit(self, genes: dict[str, float]) -> None:
         self.parts.heredity.inherit(genes, self.dice)
         self.apply_hyperparameters()
-        self._line("inherited " + ", ".join(f"{name} {x:.4g}" for name, x in self.parts.heredity.values.items()))
+        self.line("inherited " + ", ".join(f"{name} {x:.4g}" for name, x in self.parts.heredity.values.items()))
 
     def _scalars_of(self, peers: dict[str, float]) -> dict[str, float]:
         """The optimizer's counters that come with a peer's weights: what counts second moments stays with them."""
@@ -246,59 +243,6 @@ class Trainer:
             self.weights.adopt(self.weights.averaged())
         self.totals.lineage = max(self.totals.lineage, lineage)
         self.parts.fitness.replaced(judged)
-
-    def _draw_save(self) -> bool:
-        """Does a checkpoint come due with this step?"""
-        run, population = self.options.run, self.options.population
-        if not population.fitness_weighted_checkpointing:
-            return self.totals.step % run.save_every == 0
-        standing = standing_of(self.parts.node.roster, self.parts.run.rank)
-        return self.dice.random() < save_chance(standing, run.save_every, population.elite_checkpoint_multiplier)
-
-    def _save_if_wanted(self) -> None:
-        """Begin the save that is due, or asked for. It waits for the one before it, and one that is due also until the
-        fitness for its name is known."""
-        self._report_save(self.parts.writer.take())
-        if not self.parts.writer.idle:
-            return
-        if self.parts.signals.take_save():
-            self.save("asked for by a signal")
-        elif self._save_due and self.parts.fitness.value is not None:
-            self.save()
-
-    def save(self, why: str = "") -> None:
-        """Begin a checkpoint of this moment; how it ends is seen at a later step boundary, or by finish_save()."""
-        self._save_due = False
-        self.parts.writer.begin(Moment(self.totals.step, self.parts.fitness.value, why, capture(self)))
-
-    def finish_save(self) -> None:
-        """Wait for the save that is under way, if one is."""
-        self._report_save(self.parts.writer.wait())
-
-    def _save_last(self, why: str) -> None:
-        self.finish_save()
-        if self.totals.step == self.saved_step:
-            self._line(f"{why}, and saved already")
-        else:
-            self.save(why)
-            self.finish_save()
-
-    def _report_save(self, saved: Saved | None) -> None:
-        if saved is None:
-            return
-        self._save_failure = saved.failure
-        if saved.path is None:
-            self.event("save_failed", f"{saved.failure}; the older checkpoints stand, training goes on")
-            return
-        if saved.tidying is not None:
-            self.event("tidy_failed", saved.tidying)
-        self.saved_step = saved.moment.step
-        self._line(f"saved {saved.path.name}{f' ({saved.moment.why})' if saved.moment.why else ''}")
-
-    @property
-    def unsaved(self) -> str | None:
-        """Why the newest step is in no checkpoint, once the last save has ended; None if it is in one."""
-        return None if self.saved_step == self.totals.step else self._save_failure or "not saved"
 
     def mixes(self) -> dict[str, int]:
         """Counters of this rank's exchanges since its run began."""
@@ -345,10 +289,11 @@ class Trainer:
             return ""
         return f"  MFU {self.bytes_per_s * self._flops_per_byte / self._peak_flops:.1%}"
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
+        """A line of this rank's log, for people."""
         self.parts.log.line(f"step {self.totals.step:>8}  {text}")
 
     def event(self, event: str, message: str) -> None:
         """Something went wrong or was mended: in both logs."""
         self.parts.events.write(event, step=self.totals.step, fitness=self.parts.fitness.value, message=message)
-        self._line(f"{event}: {message}")
+        self.line(f"{event}: {message}")

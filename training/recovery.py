@@ -51,7 +51,7 @@ class Recovery:
         Each further return without a good step between tries an older one: the newest may be what leads astray.
         """
         trainer, run = self._trainer, self._trainer.parts.run
-        trainer.finish_save()  # it may be the newest
+        trainer.saving.finish()  # it may be the newest
         trainer.before_write()
         source = None
         newest_first = [file for file in reversed(list_checkpoints(run.path)) if file.rank == run.rank]

@@ -63,7 +63,7 @@ def restore(trainer: "Trainer", training: dict[str, Any], moves: bool) -> None:
     if not moves:
         return
     trainer.totals = type(trainer.totals)(**training["totals"])
-    trainer.saved_step = trainer.totals.step
+    trainer.saving.step = trainer.totals.step
     trainer.parts.lanes.load_state_dict(training["lanes"])
     trainer.state = _fit_lanes(MinLMState(**training["state"]), trainer.state)
     trainer.mixes_before = training["mixes"]

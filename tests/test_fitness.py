@@ -1,5 +1,6 @@
 """What a rank knows of its own fitness, and when it is measured."""
 
+import itertools
 import math
 
 import pytest
@@ -27,13 +28,35 @@ def fitness_of(*losses, kind="probe", every=10):
     return Fitness(kind, FitnessTracker(0.5), Scripted(*losses), every)
 
 
+def measured_steps(fitness, steps):
+    """Of these steps, those at which the probe was measured."""
+    found = []
+    for step in steps:
+        before = fitness.probe.measured
+        fitness.measure_if_due(step)
+        found += [step] * (fitness.probe.measured - before)
+    return found
+
+
 def test_fitness_is_measured_at_once_and_then_every_so_many_steps():
     fitness = fitness_of(3.0, 2.0)
-    values = []
-    for step in range(15):
-        fitness.measure_if_due(step)
-        values.append(fitness.value)
-    assert values == [3.0] * 10 + [2.0] * 5 and fitness.best == 2.0
+    assert measured_steps(fitness, range(1000, 1015)) == [1000, 1010]
+    assert fitness.value == fitness.best == 2.0
+
+
+def test_evidence_of_a_young_rank_is_never_older_than_a_quarter_of_its_steps():
+    fitness = fitness_of(*[1.0] * 100, every=50)
+    steps = measured_steps(fitness, range(400))
+    assert all(later - sooner <= max(1, later / 4) for sooner, later in itertools.pairwise(steps))
+    assert steps[:6] == [0, 1, 2, 3, 4, 5] and steps[-3:] == [257, 307, 357] and len(steps) < 25
+
+
+def test_evidence_of_a_judged_merge_is_as_old_as_the_merge():
+    fitness = fitness_of(*[1.0] * 9, every=50)
+    assert measured_steps(fitness, range(1000, 1030)) == [1000]
+    fitness.judge()
+    fitness.replaced(judged=True)
+    assert measured_steps(fitness, range(1030, 1100)) == [1079]
 
 
 def test_fitness_of_replaced_weights_is_unknown_until_it_is_measured():
@@ -47,13 +70,13 @@ def test_fitness_of_replaced_weights_is_unknown_until_it_is_measured():
 
 def test_fitness_of_a_judged_merge_is_what_the_judge_saw_last():
     fitness = fitness_of(3.0, 2.5)
-    fitness.measure_if_due(1)
+    fitness.measure_if_due(1001)
     assert fitness.judge() == (2.5, 3.5) and fitness.value == 3.0  # nothing is settled yet: it may be undone
     assert fitness.known == (3.0, 4.0)
     fitness.replaced(judged=True)
     assert fitness.value == fitness.best == 2.5 and fitness.evidence.losses == (2.5, 2.5)
     assert fitness.known == (2.5, 3.5)
-    fitness.measure_if_due(2)
+    fitness.measure_if_due(1002)
     assert fitness.probe.measured == 2
 
 
@@ -84,5 +107,7 @@ def test_fitness_goes_on_with_the_evidence_of_a_checkpoint_of_the_same_probe():
     other.probe.id = "cd" * 16
     for resumed, expected in ((same, 3.0), (other, 4.0)):
         resumed.load_state_dict(state)
-        resumed.measure_if_due(1)
+        resumed.measure_if_due(0)
         assert resumed.value == expected and resumed.best == 3.0
+    same.probe.losses = [5.0]
+    assert measured_steps(same, range(1, 2)) == [1]

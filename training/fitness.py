@@ -15,10 +15,16 @@ DESCRIPTIONS = {
 }
 
 
+# Evidence is at most so large a part of a rank's steps old. What a young rank knew of itself a dozen steps ago says
+# little: who was measured last would seem the fittest, and any two that were not, equal.
+OLDEST_SHARE = 1 / 4
+
+
 class Fitness:
     """What this rank says of its weights, and when they are measured. All methods are for the training thread.
 
-    kind: of DESCRIPTIONS; every: steps between measurements. Weights that have changed hands are measured anew.
+    kind: of DESCRIPTIONS; every: steps between measurements, at most; a rank's first ones follow each other sooner.
+    Weights that have changed hands are measured anew.
     """
 
     def __init__(self, kind: str, tracker: FitnessTracker, probe: Probe, every: int) -> None:
@@ -31,10 +37,12 @@ class Fitness:
         self._known: Losses | None = None  # of the live weights, with their evidence
         self._judged: tuple[Losses, Evidence | None] | None = None  # of those that judge() saw last, live or not
         self._best: float | None = None
+        self._step = 0  # now
+        self._measured_at = 0  # the evidence's step
 
     @property
     def evidence(self) -> Evidence | None:
-        """The probe's losses of the live weights, at most `every` steps old; None where moving averages compare."""
+        """The probe's losses of the live weights, not too old; None where moving averages compare."""
         return self._evidence
 
     @property
@@ -63,8 +71,11 @@ class Fitness:
         return self._known
 
     def measure_if_due(self, step: int) -> None:
-        """Measure the probe, where it counts: every `every` steps, and where there is no evidence of these weights."""
-        if self.kind == "probe" and (self._evidence is None or step % self._every == 0):
+        """At each optimizer step `step`: measure the probe, where it counts, and where there is no evidence of these
+        weights or it has grown old."""
+        self._step = step
+        oldest = min(self._every, max(1, int(step * OLDEST_SHARE)))
+        if self.kind == "probe" and (self._evidence is None or step - self._measured_at >= oldest):
             self.judge()
             self._take_evidence()
 
@@ -79,6 +90,7 @@ class Fitness:
         """What judge() saw are the live weights."""
         assert self._judged is not None
         losses, self._evidence = self._judged
+        self._measured_at = self._step
         self._known = None if self._evidence is None else losses
         value = self.value
         if value is not None:
@@ -87,12 +99,13 @@ class Fitness:
     def state_dict(self) -> dict[str, Any]:
         """What load_state_dict() restores."""
         evidence = None if self._evidence is None else [self._evidence.probe, list(self._evidence.losses)]
-        return {"tracker": self.tracker.state_dict(), "best": self._best, "evidence": evidence}
+        state = {"tracker": self.tracker.state_dict(), "best": self._best}
+        return state | {"evidence": evidence, "measured_at": self._measured_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where state_dict() was taken; a probe of other bytes or another size is measured again."""
         self.tracker.load_state_dict(state["tracker"])
-        self._best = state["best"]
+        self._best, self._measured_at = state["best"], state["measured_at"]
         if self.kind == "probe" and state["evidence"] is not None:
             probe, losses = state["evidence"]
             if probe == self.probe.id and len(losses) == self.probe.windows:

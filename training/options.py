@@ -213,7 +213,8 @@ class PopulationOptions:
                                          _FRACTION)  # fmt: skip
     gossip_least_effect: float = _option(0.01, "nats per byte by which a winner must be ahead on the probe",
                                          _NOT_NEGATIVE)  # fmt: skip
-    probe_every: int = _option(50, "steps between measurements of the probe", _whole(1))
+    probe_every: int = _option(50, "steps between measurements of the probe, at most; fewer at a rank's beginning",
+                               _whole(1))  # fmt: skip
     probe_budget: float = _option(0.02, "share of training's work for the probe, from which its size follows (at least "
                                   "8 windows of 256 bytes)", _FRACTION)  # fmt: skip
     gossip_payload: str = _option("weights", "send weights alone, or with the optimizer's second moments",
@@ -228,8 +229,9 @@ class PopulationOptions:
                                    _real(1), fixed=True)  # fmt: skip
     mutation_scale: float = _option(0.2, "standard deviation of the logarithm of an inherited value's change",
                                     _NOT_NEGATIVE)  # fmt: skip
-    gossip_rollback: float | None = _option(0.1, "a merge that makes this rank's loss worse by more nats per byte than "
-                                            "this is undone; none: never", _tolerance)  # fmt: skip
+    gossip_rollback: float | None = _option(0.1, "a merge that makes this rank's loss, of its averaged weights or of "
+                                            "those it trains, worse by more nats per byte is undone; none: never",
+                                            _tolerance)  # fmt: skip
     gossip_fitness_decay: float = _option(0.95, "decay a step of the training loss's moving average, the fitness",
                                           _real(0, 1, below=True))  # fmt: skip
     gossip_host: str | None = _option(None, "address, host name or interface to listen on (default: loopback if all "

@@ -190,6 +190,23 @@ def test_evolution_ours_lets_the_clear_winner_flow_into_the_loser(corpus):
     assert all(torch.equal(good.live[name], tensor) for name, tensor in before.items())
 
 
+def test_evolution_ours_takes_nothing_for_a_while_from_who_did_harm(corpus):
+    harmful, harmed = replicas_of(corpus, 2)
+    for tensor in harmful.live.values():
+        tensor.mul_(30)
+    policy = policy_on("ours:p=0,significance=0,step_seconds=2", [harmful, harmed])
+    for step, counts in (
+        (1, {"averaged": 1}),
+        (30, {"averaged": 1, "not accepted": 1}),  # 58 s after the harm
+        (31, {"averaged": 2, "not accepted": 1}),
+        (90, {"averaged": 2, "not accepted": 2}),  # it did harm again: twice as long
+    ):
+        policy.after_step(step)
+        policy.meet(harmful, harmed)
+        assert policy.counts == counts, step
+    assert harmed.rolled_back == 2
+
+
 def test_evolution_mean_all_moves_everyone_by_its_share(corpus):
     replicas = replicas_of(corpus, 3)
     name = "y.token_emb.weight"

@@ -19,6 +19,7 @@ from gossip.decision import decide
 from gossip.fitness_tracker import FitnessTracker
 from gossip.merge import merge_judged
 from gossip.protocol import Flow, Hello
+from gossip.reputation import Reputation
 from gossip.state import StateBuffer
 from gossip.wire_format import WIRE_DTYPES, RemainderWire, packed_bytes, sketch_bytes, sketch_of
 from training.fitness import Fitness
@@ -70,11 +71,11 @@ class Meeting(Policy):
         self.leave_out(first, second)
         if self.wire == "int4":
             at_second, at_first = self._as_remainders(both=True)
-            self._receive(first, at_first, "average", 0.5, own=self._whole[0])
-            self._receive(second, at_second, "average", 0.5, own=self._whole[1])
+            self._receive(first, second, at_first, "average", 0.5, own=self._whole[0])
+            self._receive(second, first, at_second, "average", 0.5, own=self._whole[1])
         else:
-            self._receive(first, self._whole[1], "average", 0.5)
-            self._receive(second, self._whole[0], "average", 0.5)
+            self._receive(first, second, self._whole[1], "average", 0.5)
+            self._receive(second, first, self._whole[0], "average", 0.5)
         self.counts["averaged"] += 1
 
     def leave_out(self, first: Replica, second: Replica) -> None:
@@ -88,7 +89,7 @@ class Meeting(Policy):
             self._whole[1].copy_from(loser.live)
             loser.sent += sketch_bytes(self._sent.nbytes)
             arrived, _ = self._as_remainders(both=False)
-        kept = self._receive(loser, arrived, method, alpha)
+        kept = self._receive(loser, winner, arrived, method, alpha)
         if kept and method == "clonal":
             loser.weights.load_scalars(self._scalars_for(loser, winner))
         self.counts["won"] += 1
@@ -130,7 +131,13 @@ class Meeting(Policy):
         return self._sent.nbytes / (2 if self.wire == "bf16" else 1)
 
     def _receive(
-        self, replica: Replica, buffer: StateBuffer, method: str, alpha: float, own: StateBuffer | None = None
+        self,
+        replica: Replica,
+        sender: Replica,
+        buffer: StateBuffer,
+        method: str,
+        alpha: float,
+        own: StateBuffer | None = None,
     ) -> bool:
         judge = None if math.isinf(self.rollback) else replica.fitness.judge
         base = None if own is None else own.views
@@ -140,7 +147,11 @@ class Meeting(Policy):
             replica.replaced(judged=judge is not None)
         else:
             replica.rolled_back += 1
+            self.hold_against(replica, sender)
         return trial.kept
+
+    def hold_against(self, receiver: Replica, sender: Replica) -> None:
+        """The sender's weights did the receiver harm, and were taken out again."""
 
 
 @dataclass
@@ -226,7 +237,8 @@ class OneWay(Selection):
 @dataclass
 class Ours(Selection):
     """As ranks decide, by gossip.decision: a paired test on the probe, measured every probe_every steps. A clear
-    winner's weights flow into the loser; where none is clear, tie: average (both take the mean) or none.
+    winner's weights flow into the loser; where none is clear, tie: average (both take the mean) or none. Who did harm
+    is distrusted for a while, by a clock on which a step takes step_seconds.
     """
 
     rollback: float = PopulationOptions.gossip_rollback
@@ -234,16 +246,27 @@ class Ours(Selection):
     least_effect: float = PopulationOptions.gossip_least_effect
     tie: str = PopulationOptions.gossip_tie
     probe_every: int = PopulationOptions.probe_every
+    step_seconds: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.probe_every >= 1, "probe_every", "at least 1 step", self.probe_every)
+        require(self.step_seconds > 0, "step_seconds", "a time above 0", self.step_seconds)
         self._decider = Decider(self.method, "probe", self.tie, self.significance, self.least_effect)
 
     def fitness_of(self, tracker: FitnessTracker, probe: Probe) -> Fitness:
         return Fitness("probe", tracker, probe, self.probe_every)
 
+    def begin(self, replicas: list[Replica], dice: random.Random) -> None:
+        super().begin(replicas, dice)
+        self._now = 0.0
+        self._reputations = [Reputation(lambda: self._now) for _ in replicas]  # of the others, with each
+
+    def hold_against(self, receiver: Replica, sender: Replica) -> None:
+        self._reputations[receiver.rank].strike(_incarnation(sender))
+
     def after_step(self, step: int) -> None:
+        self._now = step * self.step_seconds
         for replica in self.replicas:
             replica.fitness.measure_if_due(step)
         super().after_step(step)
@@ -251,7 +274,7 @@ class Ours(Selection):
     def meet(self, caller: Replica, called: Replica) -> None:
         for replica in (caller, called):
             replica.looks += 1
-        decision = decide(_hello(caller), _hello(called), self._decider)
+        decision = decide(self._hello(caller, called), self._hello(called, caller), self._decider)
         if decision.flow is Flow.BOTH:
             self.both_average(caller, called)
         elif decision.flow is Flow.NONE:
@@ -261,12 +284,17 @@ class Ours(Selection):
         else:
             self.win(called, caller)
 
+    def _hello(self, replica: Replica, other: Replica) -> Hello:
+        """What a rank would say of itself to the other; all have trained equally long."""
+        evidence = replica.fitness.evidence
+        return Hello(
+            run_id="laboratory", schema_hash="0" * 64, rank=replica.rank, incarnation=_incarnation(replica), step=0,
+            generation=0, lineage=0, fitness=None,
+            accepts=not self._reputations[replica.rank].distrusts(_incarnation(other)),
+            probe=evidence.probe if evidence else None, losses=evidence.losses if evidence else (),
+            looks=replica.looks,
+        )  # fmt: skip
 
-def _hello(replica: Replica) -> Hello:
-    """What a rank would say of itself; all have trained equally long."""
-    evidence = replica.fitness.evidence
-    return Hello(
-        run_id="laboratory", schema_hash="0" * 64, rank=replica.rank, incarnation=f"{replica.rank:032x}", step=0,
-        generation=0, lineage=0, fitness=None, accepts=True, probe=evidence.probe if evidence else None,
-        losses=evidence.losses if evidence else (), looks=replica.looks,
-    )  # fmt: skip
+
+def _incarnation(replica: Replica) -> str:
+    return f"{replica.rank:032x}"

@@ -157,6 +157,14 @@ def test_a_peer_whose_base_iterate_is_far_off_does_harm_though_its_average_does_
     assert not trial.kept and all(torch.equal(tensor, kept[name]) for name, tensor in live.items())
 
 
+def test_probe_measures_the_weights_of_training_on_its_first_eight_windows_alone(tmp_path, model):
+    region, _ = regions(tmp_path, 10_000)
+    (large, _), (small, _) = probe_of(model, region, 12), probe_of(model, region, 8)
+    (averaged, held), (averaged_of_eight, held_of_eight) = large.measure()[0], small.measure()[0]
+    assert held == pytest.approx(held_of_eight, abs=1e-6)
+    assert abs(averaged - averaged_of_eight) > 1e-5
+
+
 def test_probe_of_an_optimizer_without_an_average_measures_once(tmp_path, model):
     region, _ = regions(tmp_path, 10_000)
     weights = build_optimizer(model, OptimizerOptions(schedulefree=False))

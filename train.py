@@ -43,6 +43,7 @@ from training.checkpoint import build_model, checkpoint_bytes
 from training.checkpoint_writer import CheckpointWriter
 from training.computation import check_compiler, choose_dtype, peak_flops
 from training.data import LaneReader
+from training.excursion import Excursions
 from training.fitness import Fitness
 from training.loop import Parts, Trainer
 from training.memory import check_memory, estimate_memory
@@ -131,12 +132,14 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         ),
         options.population.probe_every,
     )  # fmt: skip
+    excursions = Excursions(weights, lambda: heredity.values)
     node = EvolutionaryNode(
         identity=identity, run_id=setup.run_identity(run), run_dir=run.path, listener=listener,
         schema=Schema.of(travelling, weights.rules, setup.terms(options, weights, corpus)), live=travelling,
         scalars=weights.scalars, config=population, event_log=events,
         seed=options.optimizer.seed, leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
         judge=fitness.judge, known=lambda: fitness.known, genes=lambda: dict(heredity.values),
+        objection=lambda peer: excursions.objection(peer.buffer.views, peer.scalars, peer.genes),
     )  # fmt: skip
     trainer = Trainer(
         Parts(

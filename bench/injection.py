@@ -25,6 +25,7 @@ class Injection(enum.Enum):
     REFLECTED_MESSAGE = "a rank's own messages are sent back to it"
     STALE_MESSAGE = "a snapshot is older than the HELLO that announced it"
     REPLAYED_MESSAGE = "a recorded conversation is played again"
+    DIVERGING = "a peer trains at a rate that is far too high, and its loss does not show it yet"
     HARMFUL_UPDATE = "a merge makes the receiver worse on its own probe bytes"
 
     # Network

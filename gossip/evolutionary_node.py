@@ -29,7 +29,7 @@ from gossip.protocol import Hello
 from gossip.reputation import Reputation
 from gossip.seeking import Seeking
 from gossip.snapshot_desk import SnapshotDesk
-from gossip.state import Schema
+from gossip.state import Schema, Snapshot
 from gossip.switchboard import Switchboard
 from gossip.wire_format import WIRE_DTYPES
 from runtime.errors import UserError
@@ -88,7 +88,8 @@ class EvolutionaryNode:
     optimizer's numbers, genes: the hyperparameters that evolve, both called at step boundaries; leader_duty: called on
     the coordinator thread after a beat when leading; secret: the run's, see run_secret(); judge: losses of the live
     weights on bytes that are the same each time, by which a merge that does harm is known (None: none is judged);
-    known: these losses where they were measured lately, None where not.
+    known: these losses where they were measured lately, None where not; objection: why a peer's snapshot is not to be
+    merged at all, None where nothing speaks against it.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class EvolutionaryNode:
         judge: Callable[[], Losses] | None = None,
         known: Callable[[], Losses | None] = lambda: None,
         genes: Callable[[], dict[str, float]] = dict,
+        objection: Callable[[Snapshot], str | None] = lambda _: None,
     ) -> None:
         assert not config.filesystem_coordinator or run_dir is not None
         self.incarnation = secrets.token_hex(16)
@@ -120,7 +122,7 @@ class EvolutionaryNode:
         self._live = live
         self._config = config
         self._leader_duty = leader_duty
-        self._judge, self._known = judge, known
+        self._judge, self._known, self._objection = judge, known, objection
         self._key = run_key(secret, run_id)
         self._ledger = Ledger(event_log)
         self._desk = SnapshotDesk(schema, live, scalars, genes)
@@ -166,6 +168,7 @@ class EvolutionaryNode:
             alpha=config.recombination_alpha,
             judge=self._judge,
             known=self._known,
+            objection=self._objection,
             tolerance=config.rollback_tolerance,
             reputation=self._reputation,
             ledger=self._ledger,

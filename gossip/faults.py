@@ -31,6 +31,7 @@ class Fault(enum.Enum):
     NOT_FINITE = "not finite"
     NEGATIVE_SECOND_MOMENT = "negative second moment"
     EXPLODING_NORM = "exploding norm"
+    DIVERGED = "diverged"
     REJECTED = "rejected by the peer"
     WEIGHTS_CHANGED = "weights changed"
     OUT_OF_MEMORY = "out of memory"

@@ -13,6 +13,7 @@ from gossip.merge import Losses, merge_judged, weight_norm
 from gossip.protocol import Decision, Flow
 from gossip.reputation import Reputation
 from gossip.snapshot_desk import Delivery, SnapshotDesk
+from gossip.state import Snapshot
 from gossip.switchboard import Switchboard
 
 NORM_LIMIT = 10.0  # times the live weights' own norm: what is larger is not merged
@@ -47,8 +48,9 @@ class Intake:
     """Applies deliveries to the live weights. All methods are for the training thread.
 
     live: the training tensors by the schema's names; judge: losses of the live weights, None: no merge is judged;
-    known: these losses where they were measured lately; tolerance: how much worse a merge may make any of them;
-    reputation: told of peers whose weights did harm.
+    known: these losses where they were measured lately; objection: why a peer's snapshot is not to be merged at all,
+    None where nothing speaks against it; tolerance: how much worse a merge may make any of the losses; reputation: told
+    of peers whose weights did harm, or would have.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Intake:
         alpha: float,
         judge: Callable[[], Losses] | None,
         known: Callable[[], Losses | None],
+        objection: Callable[[Snapshot], str | None],
         tolerance: float | None,
         reputation: Reputation,
         ledger: Ledger,
@@ -70,6 +73,7 @@ class Intake:
         self._alpha = alpha
         self._judge = judge if tolerance is not None else None
         self._known = known
+        self._objection = objection
         self._tolerance = tolerance
         self._reputation = reputation
         self._ledger = ledger
@@ -136,7 +140,7 @@ class Intake:
         self._end(delivery, "failed", "failed", str(error))
 
     def _check(self, delivery: Delivery) -> None:
-        """Raises ProtocolError: WEIGHTS_CHANGED, or EXPLODING_NORM after a strike against the sender."""
+        """Raises ProtocolError: WEIGHTS_CHANGED; EXPLODING_NORM or DIVERGED after a strike against the sender."""
         outcome = delivery.outcome
         if outcome.mine.generation != self._desk.published.generation:
             raise ProtocolError(Fault.WEIGHTS_CHANGED, "before the merge")
@@ -144,6 +148,9 @@ class Intake:
         if theirs > NORM_LIMIT * ours:
             distrust = self._strike(delivery)
             raise ProtocolError(Fault.EXPLODING_NORM, f"{theirs:.4g} where {ours:.4g} is here; {distrust}")
+        objection = self._objection(outcome.received)
+        if objection is not None:
+            raise ProtocolError(Fault.DIVERGED, f"{objection}; {self._strike(delivery)}")
 
     def _strike(self, delivery: Delivery) -> str:
         seconds = self._reputation.strike(delivery.outcome.theirs.incarnation)

@@ -15,7 +15,7 @@ from bench.evolution.policy import DIVERGING, Conditions, parse_arm
 from bench.evolution.real import flags_of, run_real
 from bench.evolution.replica import Replica
 from bench.evolution.report import plot, rows_of
-from bench.evolution.trial import Setting, _readers, rate_factors, run_trial
+from bench.evolution.trial import Setting, _readers, cosine_decay, rate_factors, run_trial
 from gossip.fitness_tracker import FitnessTracker
 from mingru.minLM import MinLM
 from runtime.errors import UserError
@@ -59,13 +59,13 @@ def untimed(result: dict) -> dict:
     return {name: value for name, value in result.items() if name not in ("wall_s", "cpu_s")}
 
 
-def replicas_of(corpus, count, lr=0.01, seeds=True) -> list[Replica]:
+def replicas_of(corpus, count, lr=0.01, seeds=True, schedulefree=True) -> list[Replica]:
     """Replicas that differ, none of which has trained."""
     made = []
     for rank in range(count):
         torch.manual_seed(rank if seeds else 0)
         model = MinLM(setting().model)
-        options = OptimizerOptions(lr=lr)
+        options = OptimizerOptions(lr=lr, schedulefree=schedulefree)
         weights = build_optimizer(model, options)
         fitness = Fitness("probe", FitnessTracker(0.9), Probe(model, weights, corpus.split(0.2)[1], 4, 1024, CPU), 1)
         heredity = Heredity(("lr",), options, 1.0, 0.1, 0, 1)
@@ -233,6 +233,54 @@ def test_evolution_diloco_follows_outer_nesterov(corpus):
             torch.testing.assert_close(replica.live[name], outer)
 
 
+def test_evolution_outer_steps_over_plain_adamw_leave_its_moments_where_they_are(corpus):
+    replicas = replicas_of(corpus, 2, schedulefree=False)
+    for replica in replicas:
+        replica.live["m.token_emb.weight"].fill_(1 + replica.rank)
+    policy_on("diloco:every=1,outer_lr=1,momentum=0", replicas).after_step(1)
+    assert torch.equal(replicas[0].live["w.token_emb.weight"], replicas[1].live["w.token_emb.weight"])
+    assert [float(replica.live["m.token_emb.weight"].mean()) for replica in replicas] == [1, 2]
+
+
+@pytest.mark.parametrize("arm", ["diloco", "noloco"])
+def test_evolution_outer_steps_take_what_was_rounded(corpus, arm):
+    found = {}
+    for wire in ("fp32", "bf16"):
+        replicas = replicas_of(corpus, 2, seeds=False)
+        policy = policy_on(f"{arm}:every=1,outer_lr=1,momentum=0,wire={wire}", replicas)
+        for replica in replicas:
+            replica.live["z.token_emb.weight"].add_(0.001 * (1 + replica.rank))
+        policy.after_step(1)
+        found[wire] = replicas[0].live["z.token_emb.weight"]
+    off = (found["fp32"] - found["bf16"]).abs().max()
+    assert 0 < off < 0.01
+
+
+def test_evolution_a_cosine_ends_at_a_tenth_of_the_rate():
+    assert [cosine_decay(step, 100, 300) for step in (1, 100, 200, 300)] == pytest.approx([1, 1, 0.55, 0.1])
+    assert cosine_decay(5, 5, 5) == 1
+
+
+def test_evolution_a_cosine_is_of_plain_adamw(corpus):
+    cosine, schedulefree = trial(corpus, "solo:optimizer=cosine", steps=8), trial(corpus, "solo", steps=8)
+    assert cosine["loss"] != schedulefree["loss"] and cosine["replicas"][0]["lr"] == schedulefree["replicas"][0]["lr"]
+
+
+def test_evolution_whose_base_iterate_is_far_off_is_not_merged(corpus):
+    first, second = replicas_of(corpus, 2, seeds=False)
+    for replica, apart in ((first, 0.001), (second, 0.1)):
+        replica.weights.load_scalars({"k": 9, "weight_sum": 1.0, "lr_max": 0.01})
+        for name, tensor in replica.live.items():
+            if name[0] == "z":
+                tensor.add_(apart)
+    policy = policy_on("ours:p=0,significance=0,rollback=inf", [first, second])
+    policy.after_step(1)
+    policy.meet(first, second)
+    assert (first.merges, second.merges) == (0, 1) and policy.counts == {"diverged": 1, "averaged": 1}
+    policy.meet(first, second)
+    assert policy.counts["not accepted"] == 1  # the first distrusts the second
+
+
 def test_evolution_noloco_follows_its_formula(corpus):
     replicas = replicas_of(corpus, 2)
     policy = policy_on("noloco:every=1,momentum=0.5,outer_lr=0.7,pull=0.6", replicas)
@@ -262,7 +310,10 @@ BY_HAND = {
     "one_way:p=1,winner=random": 2 * 4 / 4 / 2,  # one of the two sends
     "mean_all:every=1": 12 / 4,
     "diloco:every=2": 8 / 4 / 2,
-    "noloco:every=1": 2 * 8 / 4,  # phi and theta
+    "diloco:every=2,wire=bf16": 4 / 4 / 2,
+    "diloco:every=2,optimizer=cosine": 4 / 4 / 2,  # one sequence
+    "noloco:every=1": 2 * 8 / 4,  # phi and its displacement
+    "noloco:every=1,wire=bf16": 2 * 4 / 4,
 }
 
 
@@ -333,6 +384,9 @@ def test_evolution_conditions_change_the_population(corpus):
         ("one_way:winner=taller", "probe, ema or random"),
         ("ours:tie=both", "tie"),
         ("diloco:every=0", "at least 1 step"),
+        ("diloco:wire=int4", "fp32 or bf16"),
+        ("ours:excursion=0", "a factor above 0"),
+        ("solo:optimizer=sgd", "schedulefree or cosine"),
     ],
 )
 def test_evolution_arms_that_make_no_sense_are_refused(text, complaint):
@@ -345,8 +399,8 @@ def test_evolution_arms_have_one_label_and_all_options():
     assert arm.label == "pair_mean:p=0.05,payload=full"
     assert arm.in_full() == {
         "policy": "pair_mean", "p": "0.05", "payload": "full", "wire": "bf16", "rollback": "inf", "shun": "0",
-        "share": "1", "replicas": "0", "lr": "1", "sf_beta": "0.9", "spread": "1", "corrupt": "0", "diverging": "0",
-        "parted": "0",
+        "share": "1", "replicas": "0", "lr": "1", "sf_beta": "0.9", "optimizer": "schedulefree", "spread": "1",
+        "corrupt": "0", "diverging": "0", "parted": "0",
     }  # fmt: skip
     assert [parse_arm(text, POLICIES).label for text in DEFAULT_ARMS] == list(DEFAULT_ARMS)
 

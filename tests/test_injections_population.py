@@ -58,6 +58,23 @@ def test_ranks_save_and_leave_when_their_launcher_is_killed(text, tmp_path):
             assert ended and "(stopped by a signal)" in world.log(rank)
 
 
+@pytest.mark.injects(Injection.DIVERGING)
+def test_a_rank_whose_rate_is_far_too_high_is_mixed_with_nobody(text, tmp_path):
+    """Whatever it and its peer say of their losses: none is significant here, so that any two would take the mean."""
+    world = World(tmp_path, text, 2, *FLAGS_HERE, "--gossip_significance", "0", "--lr", "0.01",
+                  "--warmup_steps", "0")  # fmt: skip
+    try:
+        world.start(0)
+        world.start(1, "--lr", "1")
+        (told,) = world.eventually(lambda: world.events(0, "failed", "rolled_back"))
+        assert "diverged: " in told["message"] or told["event"] == "rolled_back"
+        assert "no weights from this process for 60 s" in told["message"]
+        world.goes_on(0, steps=100)
+        assert not world.events(0, "averaged", "merged") and len(world.events(0, "failed", "rolled_back")) == 1
+    finally:
+        world.close()
+
+
 @pytest.fixture(scope="module")
 def population(text, tmp_path_factory):
     """Ranks 0 and 1 of three, in a run directory where an earlier rank 2, which led, has left its traces."""

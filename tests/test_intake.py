@@ -337,6 +337,23 @@ def test_node_bounds_the_norm_at_ten_times_its_own(tmp_path, value, merges):
         assert (value in {round(held, 3) for held in values_of(rank)}) == merges
 
 
+def test_node_leaves_alone_what_training_objects_to(tmp_path):
+    ward = Ward(tmp_path, harmed=0.0)
+    bad, rank = ward.bad, ward.rank
+    seen = []
+    rank.node._intake._objection = lambda peer: seen.append(peer) or "it has gone astray"
+    bad.scalars = {"k": 7.0}
+    bad.boundary()
+    with ranks(bad, rank):
+        ward.call(rank)
+        until(lambda: counted(rank, failed=1, lost=0, rolled_back=0), bad, rank)
+        (peer,) = seen
+        assert peer.scalars == bad.scalars and peer.genes == {}
+        assert all(torch.equal(peer.buffer.views[name], tensor) for name, tensor in bad.live.items())
+        assert last_event(rank)["message"].startswith(f"{Fault.DIVERGED.value}: it has gone astray; no weights from")
+        assert ward.unharmed() and ward.judged == 0 and rank.node._reputation.distrusts(bad.node.incarnation)
+
+
 # Seeking
 
 

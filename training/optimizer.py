@@ -6,6 +6,7 @@ result. Plain AdamW has one, w, which is used for everything.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,16 @@ from torch import Tensor, nn
 from gossip.state import Rule
 from training.options import OptimizerOptions
 from training.schedule_free import FusedAdamWScheduleFree
+
+PIECE_ITEMS = 256 * 1024  # compared at a time
+
+
+@dataclass(frozen=True)
+class Excursion:
+    """L2 norms of all values: of the difference of base iterate and average, and of the average."""
+
+    distance: float
+    size: float
 
 
 class TrainedWeights(Protocol):
@@ -41,6 +52,10 @@ class TrainedWeights(Protocol):
 
     def average_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """averaged(), of a copy of tensors(). Any thread."""
+
+    def excursion(self, tensors: Mapping[str, Tensor]) -> Excursion | None:
+        """How far training is from its own average in what tensors() returned, here or elsewhere; None where it has
+        none."""
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         """Go on from `weights` (by parameter name) as a new optimizer would, without any history."""
@@ -128,6 +143,18 @@ class ScheduleFreeWeights:
         return {name: torch.lerp(tensors[f"y.{name}"], tensors[f"z.{name}"], weight) for name in self._parameters}
 
     @torch.no_grad()
+    def excursion(self, tensors: Mapping[str, Tensor]) -> Excursion:
+        distances, sizes = [], []
+        scratch = torch.empty(PIECE_ITEMS, device=tensors[f"y.{next(iter(self._parameters))}"].device)
+        for name in self._parameters:
+            pieces = (tensors[f"{kind}.{name}"].view(-1).split(PIECE_ITEMS) for kind in "yz")
+            for y, z in zip(*pieces, strict=True):
+                distances.append(torch.linalg.vector_norm(torch.sub(z, y, out=scratch[: len(z)])))
+                sizes.append(torch.linalg.vector_norm(y))
+        distance, size = (float(torch.linalg.vector_norm(torch.stack(norms))) for norms in (distances, sizes))
+        return Excursion(distance / self._beta, size)  # z - x = (z - y) / beta; of x and y the size is the same
+
+    @torch.no_grad()
     def adopt(self, weights: dict[str, Tensor]) -> None:
         # With k = 0 the bias correction fits the empty second moments and the warm-up runs again; with
         # weight_sum = 0 the first step's z replaces the average whole. So x, y and z must start equal.
@@ -206,6 +233,9 @@ class AdamWWeights:
 
     def average_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensors[f"w.{name}"].clone() for name in self._parameters}
+
+    def excursion(self, tensors: Mapping[str, Tensor]) -> None:
+        return None
 
     @torch.no_grad()
     def adopt(self, weights: dict[str, Tensor]) -> None:

@@ -47,7 +47,8 @@ class Solo(Policy):
 class Conditions:
     """What any arm may be put under.
 
-    replicas: of the population, 0: as --replicas says. lr: over --lr. sf_beta: of schedule-free AdamW. spread: the
+    replicas: of the population, 0: as --replicas says. lr: over --lr. sf_beta: of schedule-free AdamW. optimizer: that,
+    or cosine, plain AdamW whose rate after the warm-up falls to a tenth by the last step, as a half cosine. spread: the
     rates lie from x1/4 to x2 (for 8), evenly in their logarithm, one for each replica. corrupt: so many replicas read
     random bytes. diverging: so many train at DIVERGING times their rate. parted: 1, and each rank's lanes begin side by
     side, in its own part of the data; 0, and they begin all over the data, between the others', as train.py's do.
@@ -56,6 +57,7 @@ class Conditions:
     replicas: int = 0
     lr: float = 1.0
     sf_beta: float = OptimizerOptions.sf_beta
+    optimizer: str = "schedulefree"
     spread: float = 1.0
     corrupt: int = 0
     diverging: int = 0
@@ -102,6 +104,8 @@ def parse_arm(text: str, policies: Mapping[str, type[Policy]]) -> Arm:
     given = ",".join(f"{option}={shown(value)}" for option, value in sorted((options | conditions).items()))
     arm = Arm(f"{name}:{given}" if given else name, policies[name], tuple(options.items()), Conditions(**conditions))
     arm.policy()  # so that options which make no sense are found now
+    known = ("schedulefree", "cosine")
+    require(arm.conditions.optimizer in known, "optimizer", " or ".join(known), arm.conditions.optimizer)
     return arm
 
 

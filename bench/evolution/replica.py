@@ -83,8 +83,10 @@ class Replica:
         self._rate.inherit({"lr": other.lr}, dice)
         self.lr = self._rate.values["lr"]
 
-    def train_step(self) -> None:
-        """One optimizer step on the mean gradient of the readers' next chunks; not applied if it is not finite."""
+    def train_step(self, decay: float = 1.0) -> None:
+        """One optimizer step, at `decay` times the learning rate, on the mean gradient of the readers' next chunks; not
+        applied if it is not finite."""
+        self.weights.set_hyperparameters(self.lr * decay, self._options.weight_decay)
         self.model.train()
         states, total = [], 0.0
         for reader, before in zip(self._readers, self._states, strict=True):
@@ -108,8 +110,10 @@ class Replica:
         self.looks = 0
 
     def trained(self) -> dict[str, Tensor]:
-        """The sequences that training moves, live and without moments: what an average of weights is taken of."""
-        return {spec.name: self.live[spec.name] for spec in weights_only(self.schema).tensors}
+        """The sequences that training moves, live and without moments, first ones too: what an average of weights is
+        taken of."""
+        kinds = "yz" if self.weights.averages else "w"
+        return {name: tensor for name, tensor in self.live.items() if name[0] in kinds}
 
 
 def weights_only(schema: Schema) -> Schema:

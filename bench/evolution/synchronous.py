@@ -1,7 +1,7 @@
 """Arms in which all replicas act at the same step: DDP, averages of all, DiLoCo, NoLoCo.
 
 Weights here are all sequences that training moves: y and z of schedule-free AdamW, on which an average or an outer step
-acts alike, hence on x too.
+acts alike, hence on x too; of plain AdamW the one that there is.
 """
 
 import random
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.evolution.policy import Policy, require
-from bench.evolution.replica import Replica, ring_bytes, weights_only
+from bench.evolution.replica import Replica, ring_bytes
 
 
 @dataclass
@@ -60,8 +60,29 @@ class MeanAll(Periodic):
 
 
 @dataclass
-class DiLoCo(Periodic):
-    """Outer Nesterov momentum on the mean displacement of all (arXiv 2311.08105); second moments stay local."""
+class Outer(Periodic):
+    """An outer optimizer moves weights by what training moved them; moments stay local. wire: fp32, or bf16 (rounded to
+    nearest), of what is sent.
+    """
+
+    wire: str = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.wire in ("fp32", "bf16"), "wire", "fp32 or bf16", self.wire)
+
+    def as_sent(self, tensor: Tensor) -> Tensor:
+        """What arrives of it elsewhere."""
+        return tensor.bfloat16().float() if self.wire == "bf16" else tensor
+
+    def nbytes(self, replica: Replica) -> float:
+        """Of a replica's weights on the wire."""
+        return sum(tensor.nbytes for tensor in replica.trained().values()) / (2 if self.wire == "bf16" else 1)
+
+
+@dataclass
+class DiLoCo(Outer):
+    """Outer Nesterov momentum on the mean displacement of all (arXiv 2311.08105)."""
 
     outer_lr: float = 0.7
     momentum: float = 0.9
@@ -76,16 +97,17 @@ class DiLoCo(Periodic):
     @torch.no_grad()
     def act(self) -> None:
         for name, outer in self._outer.items():
-            outer.grad = outer - torch.stack([replica.live[name] for replica in self.replicas]).mean(0)
+            moved = [self.as_sent(outer - replica.live[name]) for replica in self.replicas]
+            outer.grad = torch.stack(moved).mean(0)
         self._optimizer.step()
         for replica in self.replicas:
             for name, outer in self._outer.items():
                 replica.live[name].copy_(outer)
-            replica.sent += ring_bytes(weights_only(replica.schema).nbytes, len(self.replicas))
+            replica.sent += ring_bytes(self.nbytes(replica), len(self.replicas))
 
 
 @dataclass
-class NoLoCo(Periodic):
+class NoLoCo(Outer):
     """Random pairs instead of all (arXiv 2506.10911): with slow weights phi, fast ones theta and d = theta - phi,
     m <- momentum m + outer_lr mean(d) + pull (mean(phi) - phi), phi <- phi + m, theta <- phi; means over the pair.
     """
@@ -108,15 +130,15 @@ class NoLoCo(Periodic):
             for name in self._slow[0]:
                 self._step(pair, name)
             for rank in pair if len(pair) > 1 else ():
-                self.replicas[rank].sent += 2 * weights_only(self.replicas[rank].schema).nbytes  # phi and theta
+                self.replicas[rank].sent += 2 * self.nbytes(self.replicas[rank])  # phi and d
 
     def _step(self, pair: list[int], name: str) -> None:
-        slow = torch.stack([self._slow[rank][name] for rank in pair])
-        fast = torch.stack([self.replicas[rank].live[name] for rank in pair])
-        moved, middle = (fast - slow).mean(0), slow.mean(0)
+        slow = [self._slow[rank][name] for rank in pair]
+        moved = [self.as_sent(self.replicas[rank].live[name] - phi) for rank, phi in zip(pair, slow, strict=True)]
+        displacement, middle = torch.stack(moved).mean(0), torch.stack([self.as_sent(phi) for phi in slow]).mean(0)
         for rank in pair:
             phi: Tensor = self._slow[rank][name]
             velocity = self._velocity[rank][name]
-            velocity.mul_(self.momentum).add_(moved, alpha=self.outer_lr).add_(middle - phi, alpha=self.pull)
+            velocity.mul_(self.momentum).add_(displacement, alpha=self.outer_lr).add_(middle - phi, alpha=self.pull)
             phi.add_(velocity)
             self.replicas[rank].live[name].copy_(phi)

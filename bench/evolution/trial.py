@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import random
 import statistics
 import time
@@ -29,6 +30,7 @@ from training.probe import Probe, split_probe
 
 LANES, LANE_CHUNK = 64, 256  # in which the held-out bytes are read
 TRACE_EVERY = 50  # steps
+LEAST_RATE = 0.1  # of the full learning rate, at the end of a cosine
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def run_trial(setting: Setting, arm: Arm, seed: int, corpus: Corpus, device: tor
     groups = [readers] if policy.one_model else [[reader] for reader in readers]
     options = OptimizerOptions(
         lr=setting.lr, weight_decay=setting.weight_decay, warmup_steps=setting.warmup_steps,
-        sf_beta=arm.conditions.sf_beta,
+        sf_beta=arm.conditions.sf_beta, schedulefree=arm.conditions.optimizer == "schedulefree",
     )  # fmt: skip
     replicas = [
         _replica(setting, options, policy, seed, rank, group, probed, device) for rank, group in enumerate(groups)
@@ -87,8 +89,9 @@ def run_trial(setting: Setting, arm: Arm, seed: int, corpus: Corpus, device: tor
 
     trace = []
     for step in range(1, setting.steps + 1):
+        decay = 1.0 if options.schedulefree else cosine_decay(step, setting.warmup_steps, setting.steps)
         for replica in replicas:
-            replica.train_step()
+            replica.train_step(decay)
         policy.after_step(step)
         if step % TRACE_EVERY == 0:
             trace.append({"step": step, "lr": [replica.lr for replica in replicas],
@@ -125,6 +128,13 @@ def run_trial(setting: Setting, arm: Arm, seed: int, corpus: Corpus, device: tor
         "cpu_s": cpu_trained - cpu_began,
         "device": str(device),
     }
+
+
+def cosine_decay(step: int, warmup_steps: int, steps: int) -> float:
+    """By what the learning rate of `step` (from 1) is over the full one: 1 until the warm-up ends, LEAST_RATE at the
+    last step, a half cosine between them."""
+    done = max(0.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return LEAST_RATE + (1 - LEAST_RATE) * (1 + math.cos(math.pi * done)) / 2
 
 
 def rate_factors(conditions: Conditions, replicas: int) -> list[float]:

@@ -277,6 +277,7 @@ def test_evolution_whose_base_iterate_is_far_off_is_not_merged(corpus):
     policy.after_step(1)
     policy.meet(first, second)
     assert (first.merges, second.merges) == (0, 1) and policy.counts == {"diverged": 1, "averaged": 1}
+    policy.after_step(2)  # measures again
     policy.meet(first, second)
     assert policy.counts["not accepted"] == 1  # the first distrusts the second
 

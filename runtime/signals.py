@@ -8,6 +8,13 @@ from types import FrameType
 _PR_SET_PDEATHSIG = 1  # Linux, <sys/prctl.h>
 
 
+def signal_when_parent_dies(number: signal.Signals, parent: int) -> bool:
+    """Have this process sent a signal when its parent `parent` dies (Linux: the thread that started it); False if it
+    is dead already, and nothing will be sent."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    return os.getppid() == parent  # it may have died just before the kernel was told
+
+
 class SignalFlags:
     """SIGTERM or SIGINT once: `stop` (save and leave); twice: leave now. SIGUSR1: `save` (and go on).
 
@@ -34,8 +41,7 @@ class SignalFlags:
         A process that was started by another program in between is not followed, unless the launcher is gone already.
         """
         if os.getppid() == launcher:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2)
-            self.stop |= os.getppid() != launcher  # it died just before the kernel was told
+            self.stop |= not signal_when_parent_dies(signal.SIGUSR2, launcher)
             return
         try:
             os.kill(launcher, 0)

@@ -1,8 +1,13 @@
 import dataclasses
 import json
 import math
+import os
 import random
+import select
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +24,7 @@ from bench.evolution.trial import Setting, _readers, cosine_decay, rate_factors,
 from gossip.fitness_tracker import FitnessTracker
 from mingru.minLM import MinLM
 from runtime.errors import UserError
+from tests.ranks import PATIENCE, ROOT, eventually
 from training.data import Corpus
 from training.fitness import Fitness
 from training.heredity import Heredity
@@ -416,6 +422,34 @@ def test_evolution_finished_trials_are_never_run_again(data, tmp_path):
     said.clear()
     assert run_tasks(tasks, data, CPU, 1, said.append) == 0 and said[0] == "1 trials to run"
     assert {task.path for task in tasks if task.path.stat().st_mtime_ns != written[task.path]} == {tasks[1].path}
+
+
+@pytest.mark.parametrize("real", [[], ["--real"]], ids=["simulated", "real"])
+def test_evolution_leaves_no_process_behind_when_it_is_killed(data, tmp_path, real):
+    words = ["--cpu", "--data", str(data), "--output", str(tmp_path / "out"), "--jobs", "2", "--arms", "solo",
+             "pair_mean", "--replicas", "2", "--steps", "1000000", "--dim", "8", "--depth", "1", *real]  # fmt: skip
+    laboratory = subprocess.Popen(
+        [sys.executable, "-m", "bench.evolution", *words], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    try:
+        wanted = 2 + 2 * (1 + 2) if real else 2  # workers; launchers and ranks
+        eventually(lambda: len(family := descendants(laboratory.pid)) >= wanted and family)
+        handles = [os.pidfd_open(pid) for pid in descendants(laboratory.pid)]
+    finally:
+        laboratory.kill()
+        laboratory.wait()
+    for handle in handles:
+        ended, _, _ = select.select([handle], [], [], PATIENCE)
+        os.close(handle)
+        assert ended
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that a process started, theirs too."""
+    children = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        children |= {int(word) for word in (task / "children").read_text().split()}
+    return children.union(*map(descendants, children))
 
 
 def test_evolution_other_settings_and_options_are_other_trials(tmp_path):

@@ -10,6 +10,7 @@ import train
 from bench.injection import Injection
 from runtime.errors import UserError
 from runtime.ranks import BEGAN
+from training import checkpoint
 from training.checkpoint import list_checkpoints, read_checkpoint
 
 QUIET = ["--save_every", "1000", "--val_every", "0", "--log_every", "5"]
@@ -136,6 +137,16 @@ def test_resume_refuses_a_run_without_a_whole_checkpoint(run_train):
         file.path.unlink()
     with pytest.raises(UserError, match="checkpoint to resume"):
         train.main(["--resume", "run", "--train_steps", "4"])
+
+
+def test_resume_refuses_the_training_state_of_another_version(run_train, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "TRAINING_FORMAT", checkpoint.TRAINING_FORMAT - 1)
+    run_dir = run_train("old", "--train_steps", "4", *QUIET)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="expected a whole checkpoint to resume, got none"):
+        train.main(["--resume", str(run_dir), "--train_steps", "8"])
+    assert "of another version of this software: resume with that one, or use --init_from" in capsys.readouterr().err
+    assert checkpoint.read_for_use(run_dir)[2]["step"] == 4
 
 
 def test_resume_passes_over_a_broken_checkpoint_for_the_next_older_and_says_so(run_train, capsys):

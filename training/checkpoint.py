@@ -24,6 +24,7 @@ from training.digest import SealedFile, is_sealed
 
 _FORMATS = "gruboros checkpoint "
 FORMAT = f"{_FORMATS}2"
+TRAINING_FORMAT = 2  # of `training`: counts up whenever resuming needs other things of it than before
 _NAME = re.compile(r"checkpoint_rank_(\d{4,})_step_(\d{6,})_loss_(\d+\.\d{4}|NA)\.pt")
 
 
@@ -83,6 +84,7 @@ def save_checkpoint(
         "model_state_dict": weights,
         "step": step,
         "loss": loss,
+        "training_format": TRAINING_FORMAT,
         "training": training,
     }
     _write_sealed(path, content)
@@ -154,6 +156,11 @@ def read_own_checkpoint(path: Path) -> dict[str, Any]:
     content = read_checkpoint(path, mapped=False)
     if content.get("format") != FORMAT or "training" not in content:
         raise CheckpointError(f"expected a checkpoint of this software, got {path}: use --init_from for its weights")
+    if content.get("training_format") != TRAINING_FORMAT:
+        raise CheckpointError(
+            f"expected a training state of format {TRAINING_FORMAT}, got {path} of another version of this software: "
+            "resume with that one, or use --init_from for its weights"
+        )
     training = content["training"]
     if not isinstance(training, dict) or not _TRAINING_KEYS <= training.keys():
         raise CheckpointError(f"expected a whole checkpoint, got {path} without some of its parts: choose another file")

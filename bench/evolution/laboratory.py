@@ -3,7 +3,10 @@
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import re
+import signal
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from bench.evolution.real import run_real
 from bench.evolution.trial import Setting, run_trial, trial_key
 from runtime.errors import UserError
 from runtime.files import atomic_write
+from runtime.signals import signal_when_parent_dies
 from training.data import Corpus, find_files
 from training.options import DataOptions
 
@@ -54,8 +58,9 @@ def run_tasks(tasks: Iterable[Task], data: Path, device: torch.device, jobs: int
     waiting = [task for task in tasks if not task.path.exists()]
     say(f"{len(waiting)} trials to run")
     failed = 0
+    run = perform if jobs == 1 else _perform_in_worker
     with _executor(jobs) as pool:
-        futures = {pool.submit(perform, task, data, device): task for task in waiting}
+        futures = {pool.submit(run, task, data, device): task for task in waiting}
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
             task, error = futures[future], future.exception()
             if error is not None:
@@ -71,8 +76,23 @@ def _executor(jobs: int) -> concurrent.futures.Executor:
     if jobs == 1:
         return concurrent.futures.ThreadPoolExecutor(1)
     return concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
     )
+
+
+def _begin_worker(laboratory: int) -> None:
+    """In a new process: one thread, and it ends with the laboratory, and whatever a trial started with it."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if not signal_when_parent_dies(signal.SIGTERM, laboratory):
+        sys.exit(1)
+
+
+def _perform_in_worker(task: Task, data: Path, device: torch.device) -> dict:
+    try:
+        return perform(task, data, device)
+    except SystemExit as end:  # what the trial had started has ended; the pool would take this for the trial's failure
+        os._exit(end.code)
 
 
 def perform(task: Task, data: Path, device: torch.device) -> dict:

@@ -124,10 +124,11 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     def tidy_run() -> None:
         tidy(run.path, policy, archive_dice)
 
+    windows, probe_share = setup.probe_windows(options)
     fitness = Fitness(
         options.population.gossip_fitness, FitnessTracker(options.population.gossip_fitness_decay),
         Probe(
-            model, weights, probe_region, setup.probe_windows(options),
+            model, weights, probe_region, windows,
             options.data.batch_size * options.data.chunk_size, device,
         ),
         options.population.probe_every,
@@ -147,7 +148,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
             held_out=held_out, fitness=fitness, heredity=heredity, node=node,
             writer=CheckpointWriter(run.path, identity.rank, config, weights, schema, tidy_run),
             signals=signals,
-            metrics=MetricsFile(run.metrics), log=log, events=events,
+            metrics=MetricsFile(run.metrics), log=log, events=events, excursions=excursions,
             initial_weights=lambda: setup.initial_weights(options, config, None),
         )
     )  # fmt: skip
@@ -170,7 +171,10 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         echo=is_first,
     )
     shares = ", ".join(f"{name} {value:.4g}" for name, value in heredity.values.items())
-    log.line(f"{fitness.probe}" + (f"; evolves {shares}" if shares else ""), echo=is_first)
+    log.line(
+        f"{fitness.probe}, about {probe_share:.2g} of training's work" + (f"; evolves {shares}" if shares else ""),
+        echo=is_first,
+    )
     mfu = "no MFU: its peak is unknown" if peak_flops(device, dtype) is None else "MFU beside the rate"
     log.line(f"computes in {str(dtype).removeprefix('torch.')} on {device}; {mfu}", echo=is_first)
     if (resumed and resumed.file.rank != identity.rank) or (not resumed and options.run.init_from):

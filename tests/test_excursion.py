@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mingru.minLM import MinLM, ModelConfig
 from training import optimizer
@@ -11,36 +12,43 @@ from training.excursion import LIMIT, ROUNDING, Excursions
 from training.optimizer import build_optimizer
 from training.options import OptimizerOptions
 
-STEPS = 100
+STEPS, RATE = 100, 0.01
 
 
-def weights_of(schedulefree=True):
+def scalars(steps):
+    """Counters of an average of so many steps at RATE."""
+    return {"k": 7.0, "weight_sum": steps * RATE**2, "lr_max": RATE}
+
+
+def weights_of(**options):
     torch.manual_seed(0)
-    return build_optimizer(MinLM(ModelConfig(dim=8, depth=1)), OptimizerOptions(schedulefree=schedulefree))
+    return build_optimizer(MinLM(ModelConfig(dim=8, depth=1)), OptimizerOptions(**options))
 
 
 def gone(times):
-    """(tensors, scalars) after STEPS steps, the base iterate `times` a hundredth of the weights from training's."""
+    """Tensors whose base iterate is `times` a hundredth of the weights from where training is."""
     tensors = {name: tensor.clone() for name, tensor in weights_of().tensors().items()}
     for name in tensors:
         if name[0] == "z":
             tensors[name].add_(tensors[f"y{name[1:]}"], alpha=0.01 * times)
-    return tensors, {"k": STEPS}
+    return tensors
+
+
+def load(weights, tensors, counters):
+    for name, tensor in weights.tensors().items():
+        tensor.copy_(tensors[name])
+    weights.load_scalars(counters)
 
 
 @pytest.fixture
 def own():
     weights = weights_of()
-    tensors, _ = gone(1)
-    for name, tensor in weights.tensors().items():
-        tensor.copy_(tensors[name])
-    weights.load_scalars({"k": STEPS, "weight_sum": 1.0, "lr_max": 0.01})
+    load(weights, gone(1), scalars(STEPS))
     return weights
 
 
-def objection(own, times, genes=None, own_genes=None, limit=LIMIT, **scalars):
-    tensors, of_age = gone(times)
-    return Excursions(own, lambda: own_genes or {}, limit).objection(tensors, of_age | scalars, genes or {})
+def objection(own, times, genes=None, own_genes=None, limit=LIMIT, steps=STEPS):
+    return Excursions(own, lambda: own_genes or {}, limit).objection(gone(times), scalars(steps), genes or {})
 
 
 @pytest.mark.parametrize("items", [7, 1024 * 1024])  # pieces that end within a tensor, and none that does
@@ -54,11 +62,11 @@ def test_excursion_is_the_distance_of_base_iterate_and_average(own, monkeypatch,
     assert found.size == pytest.approx(float(size.norm()), rel=0.01)
 
 
-@pytest.mark.parametrize(("times", "objects"), [(0, False), (1, False), (9, False), (11, True), (30, True)])
-def test_excursion_of_ten_times_ones_own_is_the_limit(own, times, objects):
+@pytest.mark.parametrize(("times", "objects"), [(0, False), (1, False), (7.9, False), (8.6, True), (30, True)])
+def test_excursion_of_eight_times_ones_own_is_the_limit(own, times, objects):
     assert (objection(own, times) is not None) is objects
+    assert (objection(own, -times) is not None) is objects
     assert objection(own, times, limit=math.inf) is None
-    assert objection(own, -times, limit=20) is None or times == 30  # the direction does not matter
 
 
 def test_excursion_objection_tells_both_distances(own):
@@ -66,30 +74,33 @@ def test_excursion_objection_tells_both_distances(own):
     assert f"is {20 * distance:.3g} from" in objection(own, 20) and f"where {distance:.3g} is" in objection(own, 20)
 
 
-def test_excursion_may_be_as_much_longer_as_there_were_more_steps(own):
-    assert objection(own, 30, k=STEPS * 3.1) is None
-    assert objection(own, 30, k=STEPS * 2.9) is not None
-    assert objection(own, 11, k=1) is not None and objection(own, 9, k=1) is None  # fewer bound it no tighter
+def test_excursion_may_grow_with_the_square_of_the_steps_behind_it(own):
+    assert objection(own, 30, steps=1.9 * STEPS) is not None
+    assert objection(own, 30, steps=2 * STEPS) is None
+    assert objection(own, 9, steps=1) is not None and objection(own, 7, steps=1) is None  # fewer bound it no tighter
 
 
-def test_excursion_of_nobody_surprises_a_rank_without_a_step(own):
-    own.load_scalars({"k": 0, "weight_sum": 0.0, "lr_max": -1.0})
+def test_excursion_of_nobody_surprises_a_rank_whose_average_has_one_step(own):
+    for steps, objects in ((0, False), (1, False), (1.1, True)):
+        own.load_scalars(scalars(steps))
+        assert (objection(own, 1000, steps=1) is not None) is objects
+    own.load_scalars({"k": 0, "weight_sum": 0.0, "lr_max": -1.0})  # of a new optimizer
     assert objection(own, 1000) is None
 
 
 def test_excursion_may_be_as_much_longer_as_an_evolving_rate_is_higher(own):
     assert objection(own, 30, {"lr": 0.04}, {"lr": 0.01}) is None
-    assert objection(own, 50, {"lr": 0.04}, {"lr": 0.01}) is not None
-    assert objection(own, 11, {"lr": 0.001}, {"lr": 0.01}) is not None  # a lower one bounds it no tighter
-    assert objection(own, 9, {"lr": 0.001}, {"lr": 0.01}) is None
+    assert objection(own, 40, {"lr": 0.04}, {"lr": 0.01}) is not None
+    assert objection(own, 9, {"lr": 0.001}, {"lr": 0.01}) is not None  # a lower one bounds it no tighter
+    assert objection(own, 7, {"lr": 0.001}, {"lr": 0.01}) is None
     assert objection(own, 30, {"weight_decay": 0.1}, {"weight_decay": 0.01}) is not None
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_excursion_in_the_first_step_is_not_mistaken_for_the_wires_rounding(seed):
+def test_excursion_in_the_first_steps_is_not_mistaken_for_the_wires_rounding(seed):
     """Sound ranks that have hardly moved: what bfloat16 leaves of the difference is rounding, far above what it was."""
     own = weights_of()
-    own.load_scalars({"k": 1, "weight_sum": 1.0, "lr_max": 0.01})
+    own.load_scalars(scalars(2))
     generator = torch.Generator().manual_seed(seed)
     rounded = {}
     for name, tensor in own.tensors().items():
@@ -97,10 +108,64 @@ def test_excursion_in_the_first_step_is_not_mistaken_for_the_wires_rounding(seed
         rounded[name] = torch.floor(tensor / ulp + torch.rand(tensor.shape, generator=generator)) * ulp
     assert own.excursion(own.tensors()).distance == 0 < own.excursion(rounded).distance
     assert own.excursion(rounded).distance < ROUNDING * own.excursion(rounded).size
-    assert Excursions(own, dict).objection(rounded, {"k": 1}, {}) is None
+    assert Excursions(own, dict).objection(rounded, scalars(2), {}) is None
 
 
 def test_excursion_is_unknown_to_an_optimizer_without_an_average():
     weights = weights_of(schedulefree=False)
     assert weights.excursion(weights.tensors()) is None
-    assert Excursions(weights, dict).objection(weights.tensors(), {"steps": 0}, {}) is None
+    assert Excursions(weights, dict).objection(weights.tensors(), {"steps": 9.0}, {}) is None
+
+
+AGES = [1, 2, 3, 5, 8, 12, 20, 40, 80]
+
+
+def course(seed, lr, warmup_steps):
+    """A small model's states after AGES steps: (tensors, scalars) of each."""
+    torch.manual_seed(0)
+    model = MinLM(ModelConfig(dim=16, depth=1))
+    weights = build_optimizer(model, OptimizerOptions(lr=lr, warmup_steps=warmup_steps))
+    generator = torch.Generator().manual_seed(seed)
+    states = {}
+    for step in range(1, AGES[-1] + 1):
+        ids = torch.randint(0, 256, (4, 1), generator=generator) + torch.arange(17)  # each byte follows from the last
+        logits, _ = model(ids[:, :-1] % 256)
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten() % 256).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        weights.step()
+        model.zero_grad()
+        if step in AGES:
+            states[step] = {name: tensor.clone() for name, tensor in weights.tensors().items()}, weights.scalars()
+    return weights, states
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 40, 1000])
+def test_excursion_of_sound_ranks_passes_whatever_their_ages_and_at_thirty_times_the_rate_not(warmup_steps):
+    weights, own = course(1, 0.01, warmup_steps)
+    _, others = course(2, 0.01, warmup_steps)
+    _, eightfold = course(3, 0.08, warmup_steps)
+    _, diverging = course(4, 0.3, warmup_steps)
+    excursions = Excursions(weights, dict)
+    found = set()
+    for age, state in own.items():
+        load(weights, *state)
+        assert not [of for of, other in others.items() if excursions.objection(*other, {})], age
+        assert excursions.objection(*eightfold[age], {}) is None, age
+        if excursions.objection(*diverging[age], {}):
+            found.add(age)
+    assert {12, 20} <= found and (warmup_steps == 1000 or {5, 8} <= found), found
+
+
+def test_excursion_of_who_has_just_taken_an_elders_weights_is_the_elders():
+    """A rank that adopts keeps the counter of its second moments, but its average is the elder's."""
+    weights, own = course(1, 0.01, 40)
+    _, others = course(2, 0.01, 40)
+    tensors, counters = others[80]
+    adopter = tensors, counters | {"k": own[3][1]["k"]}
+    load(weights, *own[20])
+    assert Excursions(weights, dict).objection(*adopter, {}) is None
+    load(weights, *adopter)
+    _, diverging = course(4, 0.3, 40)
+    assert Excursions(weights, dict).objection(*diverging[80], {}) == Excursions(weights, dict).objection(
+        diverging[80][0], diverging[80][1] | {"k": 1}, {}
+    )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from training.optimizer import TrainedWeights
 
-LIMIT = 10.0  # times as far as here: between ranks whose rates are 8-fold apart it was seen at 4, of one at 30 times 12
+LIMIT = 8.0  # times as far as here: of ranks whose rates are eightfold apart one cannot go farther by its rate alone
+GROWTH = 2.0  # power of the steps behind an average with which its distance grows at most: in a warm-up's first steps
 ROUNDING = 2.0**-8  # of the weights: what bfloat16 on the wire may add
 
 
@@ -31,18 +32,18 @@ class Excursions:
     ) -> str | None:
         """Why a peer's state is not to be mixed into the live one; None where nothing speaks against it.
 
-        tensors, scalars: as TrainedWeights has them; genes: the peer's. If there are more steps behind its average, it
-        may have gone as many times as far, and where learning rates evolve, as many times as its own is higher: whether
-        such a rate serves is for the losses to say.
+        tensors, scalars: as TrainedWeights has them; genes: the peer's. With more steps behind its average it may have
+        gone the farther, and where learning rates evolve, as many times as far as its own is higher: whether such a
+        rate serves is for the losses to say. A rank that has just begun its average, of one step at most, which is that
+        step's base iterate, cannot tell.
         """
-        counter = self._weights.moments_counter
-        steps = self._weights.scalars()[counter]
-        if steps == 0:
+        steps = self._weights.averaged_steps(self._weights.scalars())
+        if steps <= 1:
             return None
         theirs, ours = self._weights.excursion(tensors), self._weights.excursion(self._weights.tensors())
         if theirs is None or ours is None:
             return None
-        longer = max(1.0, scalars[counter] / steps)
+        longer = max(1.0, self._weights.averaged_steps(scalars) / steps) ** GROWTH
         faster = max(1.0, genes["lr"] / self._genes()["lr"]) if "lr" in genes else 1.0
         if theirs.distance <= self._limit * longer * faster * ours.distance + ROUNDING * theirs.size:
             return None

@@ -100,7 +100,8 @@ class Fitness:
         """What load_state_dict() restores."""
         evidence = None if self._evidence is None else [self._evidence.probe, list(self._evidence.losses)]
         state = {"tracker": self.tracker.state_dict(), "best": self._best}
-        return state | {"evidence": evidence, "measured_at": self._measured_at}
+        known = None if self._known is None else list(self._known)
+        return state | {"evidence": evidence, "known": known, "measured_at": self._measured_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where state_dict() was taken; a probe of other bytes or another size is measured again."""
@@ -109,4 +110,4 @@ class Fitness:
         if self.kind == "probe" and state["evidence"] is not None:
             probe, losses = state["evidence"]
             if probe == self.probe.id and len(losses) == self.probe.windows:
-                self._evidence = Evidence(probe, tuple(losses))
+                self._evidence, self._known = Evidence(probe, tuple(losses)), tuple(state["known"])

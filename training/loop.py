@@ -25,6 +25,7 @@ from runtime.signals import SignalFlags
 from training.checkpoint_writer import CheckpointWriter
 from training.computation import choose_dtype, flops_per_byte, peak_flops, training_pass
 from training.data import LaneReader, Region, validation_chunks
+from training.excursion import Excursions
 from training.fitness import Fitness
 from training.heredity import Heredity
 from training.losses import averaged_loss, chunk_loss
@@ -73,6 +74,7 @@ class Parts:
     metrics: MetricsFile
     log: RunLog
     events: EventLog
+    excursions: Excursions
     initial_weights: Callable[[], dict[str, Tensor]]
 
 
@@ -239,10 +241,11 @@ class Trainer:
         behind these."""
         if whole_scalars is not None:
             self.weights.load_scalars(whole_scalars)
-        if self.options.population.gossip_optimizer_recombination == "reset":
+        reset = self.options.population.gossip_optimizer_recombination == "reset"
+        if reset:
             self.weights.adopt(self.weights.averaged())
         self.totals.lineage = max(self.totals.lineage, lineage)
-        self.parts.fitness.replaced(judged)
+        self.parts.fitness.replaced(judged and not reset)
 
     def mixes(self) -> dict[str, int]:
         """Counters of this rank's exchanges since its run began."""

@@ -57,6 +57,9 @@ class TrainedWeights(Protocol):
         """How far training is from its own average in what tensors() returned, here or elsewhere; None where it has
         none."""
 
+    def averaged_steps(self, scalars: Mapping[str, float]) -> float:
+        """How many steps at the full learning rate are in the average that belongs to what scalars() returned."""
+
     def adopt(self, weights: dict[str, Tensor]) -> None:
         """Go on from `weights` (by parameter name) as a new optimizer would, without any history."""
 
@@ -154,6 +157,9 @@ class ScheduleFreeWeights:
         distance, size = (float(torch.linalg.vector_norm(torch.stack(norms))) for norms in (distances, sizes))
         return Excursion(distance / self._beta, size)  # z - x = (z - y) / beta; of x and y the size is the same
 
+    def averaged_steps(self, scalars: Mapping[str, float]) -> float:
+        return scalars["weight_sum"] / scalars["lr_max"] ** 2 if scalars["lr_max"] > 0 else 0.0
+
     @torch.no_grad()
     def adopt(self, weights: dict[str, Tensor]) -> None:
         # With k = 0 the bias correction fits the empty second moments and the warm-up runs again; with
@@ -236,6 +242,9 @@ class AdamWWeights:
 
     def excursion(self, tensors: Mapping[str, Tensor]) -> None:
         return None
+
+    def averaged_steps(self, scalars: Mapping[str, float]) -> float:
+        return 0.0
 
     @torch.no_grad()
     def adopt(self, weights: dict[str, Tensor]) -> None:

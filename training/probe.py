@@ -15,7 +15,8 @@ from training.losses import lane_losses
 from training.optimizer import TrainedWeights
 
 WINDOW_BYTES = 256  # targets of a window
-LEAST_WINDOWS = 8  # fewer are little evidence, whatever the budget is; so many training's own weights are measured on
+LEAST_WINDOWS = 8  # fewer are little evidence, whatever the budget is
+HELD_WINDOWS = 4  # the first ones, on which the weights that training holds are measured, where it averages
 _FORWARD_SHARE = 1 / 3  # of a training step, that a pass without gradients costs
 _HELD_OUT_SHARE = 4  # at most one part in so many of the held-out bytes is the probe's
 _DIGITS = 5  # of a loss that travels: 1e-5 nats
@@ -34,11 +35,16 @@ def split_probe(training: Region, held_out: Region | None) -> tuple[Region, Regi
     return Region(training.corpus, training.end - min(len(training), most), training.end), held_out
 
 
-def affordable_windows(step_bytes: int, probe_every: float, budget: float) -> int:
+def affordable_windows(step_bytes: int, probe_every: float, budget: float, averages: bool) -> int:
     """Windows that cost `budget`, a share of training's work, every `probe_every` steps of `step_bytes`, with the few
-    that training's own weights are measured on; at least 8."""
+    that training's own weights are measured on where it `averages`; at least 8, whatever they cost."""
     affordable = int(budget * probe_every * step_bytes / _FORWARD_SHARE / WINDOW_BYTES)
-    return min(max(affordable - LEAST_WINDOWS, LEAST_WINDOWS), PROBE_WINDOWS_LIMIT)
+    return min(max(affordable - averages * HELD_WINDOWS, LEAST_WINDOWS), PROBE_WINDOWS_LIMIT)
+
+
+def probe_cost(windows: int, step_bytes: int, probe_every: float, averages: bool) -> float:
+    """The share of training's work that such a probe takes."""
+    return (windows + averages * HELD_WINDOWS) * WINDOW_BYTES * _FORWARD_SHARE / (probe_every * step_bytes)
 
 
 class Probe:
@@ -77,7 +83,7 @@ class Probe:
         evidence = Evidence(self.id, tuple(round(float(x), _DIGITS) for x in averaged)) if sound else None
         if not self._weights.averages:
             return (float(averaged.mean()),), evidence
-        held = lane_losses(self._model, None, self._passes(LEAST_WINDOWS), self._device)
+        held = lane_losses(self._model, None, self._passes(HELD_WINDOWS), self._device)
         return (float(averaged.mean()), float(held.mean())), evidence
 
     def __str__(self) -> str:

@@ -47,6 +47,11 @@ class Rejuvenation:
         live, elite = trainer.weights.tensors(), training["tensors"]
         if {k: tensor.shape for k, tensor in elite.items()} != {k: tensor.shape for k, tensor in live.items()}:
             raise CheckpointError(f"expected an elite of this model and optimizer, got another in {link}")
+        objection = trainer.parts.excursions.objection(elite, training["scalars"], training["genes"])
+        if objection is not None:
+            self._refused.add(name)
+            trainer.event("rejuvenation_failed", f"{link.name} ({name}): {objection}")
+            return
         trainer.before_write()
         trial = merge_judged(
             live, schema, elite, None, options.gossip_merge_method, options.gossip_recombination_alpha,

@@ -30,7 +30,7 @@ from training.data import Corpus, Region, find_files
 from training.heredity import Heredity
 from training.optimizer import TrainedWeights
 from training.options import Options, resolve_options
-from training.probe import affordable_windows
+from training.probe import affordable_windows, probe_cost
 from training.run_directory import RunDirectory
 from training.succession import resume_sources
 
@@ -240,13 +240,15 @@ def gossip_state(options: Options, weights: TrainedWeights) -> dict[str, torch.T
     return {k: v for k, v in weights.tensors().items() if whole or weights.rules[k] is not Rule.SECOND_MOMENT}
 
 
-def probe_windows(options: Options) -> int:
+def probe_windows(options: Options) -> tuple[int, float]:
     """Windows of the probe that --probe_budget allows, with one measurement every --probe_every steps and one at each
-    expected merge: a rank calls, and is called, with --gossip_mixing_rate."""
+    expected merge, a rank calling, and being called, with --gossip_mixing_rate; and the share of training's work that
+    they take."""
     population, optimizer, data = options.population, options.optimizer, options.data
     step_bytes = data.batch_size * data.chunk_size * optimizer.grad_accum
     interval = 1 / (1 / population.probe_every + 2 * population.gossip_mixing_rate)
-    return affordable_windows(step_bytes, interval, population.probe_budget)
+    windows = affordable_windows(step_bytes, interval, population.probe_budget, optimizer.schedulefree)
+    return windows, probe_cost(windows, step_bytes, interval, optimizer.schedulefree)
 
 
 def _listed(texts: list[str]) -> tuple[str, ...]:

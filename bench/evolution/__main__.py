@@ -73,7 +73,7 @@ def run(given: argparse.Namespace, output: Path) -> int:
 def setting_of(given: argparse.Namespace, corpus: Corpus) -> Setting:
     """What all arms share."""
     step_bytes, population = given.batch_size * given.chunk_size, PopulationOptions()
-    windows = affordable_windows(step_bytes, population.probe_every, population.probe_budget)
+    windows = affordable_windows(step_bytes, population.probe_every, population.probe_budget, averages=True)
     shared = ("val_fraction", "replicas", "steps", "dim", "depth", "ff_mult", "batch_size", "chunk_size", "lr",
               "weight_decay", "warmup_steps")  # fmt: skip
     return Setting(

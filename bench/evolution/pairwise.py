@@ -144,7 +144,9 @@ class Meeting(Policy):
     ) -> bool:
         judge = None if math.isinf(self.rollback) else replica.fitness.judge
         base = None if own is None else own.views
-        trial = merge_judged(replica.live, self._sent, buffer.views, base, method, alpha, judge, self.rollback)
+        trial = merge_judged(
+            replica.live, self._sent, buffer.views, base, method, alpha, judge, self.rollback, replica.fitness.known
+        )
         if trial.kept:
             replica.merges += 1
             replica.replaced(judged=judge is not None)

@@ -119,4 +119,6 @@ async def _receive(wire: Wire, nbytes: int, initiator: bool) -> bytes:
     except ProtocolError as error:
         if not initiator or error.fault is not Fault.CLOSED:
             raise
-        raise ProtocolError(Fault.REFUSED, "another secret, run or version, or too many callers") from error
+        raise ProtocolError(
+            Fault.REFUSED, "another secret, run or version, too many callers, or a peer that is leaving"
+        ) from error

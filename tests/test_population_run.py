@@ -20,7 +20,7 @@ from training.metrics import COLUMNS
 ROOT = Path(__file__).parents[1]
 LIVELY = ["--gossip_heartbeat", "0.05", "--gossip_liveness", "10", "--gossip_fitness_decay", "0.5", "--val_every", "0",
           "--gossip_mixing_rate", "0.1", "--save_every", "50", "--gossip_host", "127.0.0.1"]  # fmt: skip
-LEAVING = ("unreachable", "connection closed early", "closing")
+LEAVING = ("unreachable", "connection closed early", "closing", "refused")
 EVENT_COLUMNS = "timestamp rank event step fitness exchange_id peer bytes milliseconds message".split()
 
 

@@ -95,22 +95,46 @@ def merge_judged(
     """merge(), undone bit for bit where it does harm: each of the losses that `judge` finds must be finite after it and
     not above the one before it by more than `tolerance`.
 
-    before: the losses before it, where they are known already; judge None: the merge is kept. An error of the judge is
-    raised, and live is then as it was.
+    before: the losses before it, as they were known lately; training may have made them worse since, so that a merge
+    which seems harmful by them is compared with what they are now. judge None: the merge is kept. An error of the judge
+    is raised, and live is then as it was.
     """
     if judge is None:
         distance = merge(live, schema, peer, own, method, alpha)
         return Trial((), (), True, distance)
-    before = judge() if before is None else before
+    known, before = before is not None, judge() if before is None else before
     distance = merge(live, schema, peer, own, method, alpha)
-    with contextlib.ExitStack() as undoing:  # also if the judge raises
-        undoing.callback(swap, live, schema, peer)
+    after, kept = _judge_or_swap(live, schema, peer, judge, before, tolerance)
+    if not kept and known:
+        before = judge()
+        if _is_harmless(before, after, tolerance):
+            swap(live, schema, peer)  # to what the merge had made
+            after, kept = _judge_or_swap(live, schema, peer, judge, before, tolerance)
+    return Trial(before, after, kept, distance)
+
+
+def _judge_or_swap(
+    live: Mapping[str, Tensor],
+    schema: Schema,
+    other: Mapping[str, Tensor],
+    judge: Callable[[], Losses],
+    before: Losses,
+    tolerance: float,
+) -> tuple[Losses, bool]:
+    """The losses of `live`, and whether it was kept: swapped with `other` if it is worse than `before`, or the judge
+    raises."""
+    with contextlib.ExitStack() as undoing:
+        undoing.callback(swap, live, schema, other)
         after = judge()
-        # One before that is not finite is beaten by any.
-        kept = all(math.isfinite(y) and not y > x + tolerance for x, y in zip(before, after, strict=True))
+        kept = _is_harmless(before, after, tolerance)
         if kept:
             undoing.pop_all()
-    return Trial(before, after, kept, distance)
+    return after, kept
+
+
+def _is_harmless(before: Losses, after: Losses, tolerance: float) -> bool:
+    """One before that is not finite is beaten by any."""
+    return all(math.isfinite(y) and not y > x + tolerance for x, y in zip(before, after, strict=True))
 
 
 @torch.no_grad()

@@ -157,14 +157,18 @@ def test_node_undoes_a_harmful_merge_bit_for_bit_and_counts_it(tmp_path, method,
 
 
 @pytest.mark.injects(Injection.HARMFUL_UPDATE)
-@pytest.mark.parametrize(("known", "undone"), [(1.05, 1), (1.2, 0)])
-def test_node_judges_by_losses_that_are_known_already(tmp_path, known, undone):
-    ward = Ward(tmp_path, harmed=1.2)
+@pytest.mark.parametrize(
+    ("known", "harmed", "undone", "judged"), [(1.05, 1.2, 1, 2), (1.2, 1.2, 0, 1), (0.8, 1.05, 0, 3)]
+)
+def test_node_judges_by_losses_that_are_known_already_but_undoes_nothing_by_them(
+    tmp_path, known, harmed, undone, judged
+):  # fmt: skip
+    ward = Ward(tmp_path, harmed=harmed)
     with ranks(ward.bad, ward.rank):
         ward.rank.known = (known,)
         ward.call(ward.rank)
         until(lambda: counted(ward.rank, rolled_back=undone, lost=1 - undone), ward.bad, ward.rank)
-        assert ward.judged == 1
+        assert ward.judged == judged
 
 
 @pytest.mark.injects(Injection.HARMFUL_UPDATE)

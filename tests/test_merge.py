@@ -1,5 +1,6 @@
 """Merging: what each method gives, what it keeps, and that it happens whole or not at all."""
 
+import contextlib
 import math
 
 import pytest
@@ -212,8 +213,34 @@ def test_merge_judged_judges_the_weights_before_and_after():
 
 
 def test_merge_judged_takes_losses_that_are_known_for_those_before():
-    trial = merge_judged(state(1), SCHEMA, buffered(state(3)), None, "clonal", 0.5, Judge(1.2), 0.1, before=(1.0,))
-    assert (trial.before, trial.after, trial.kept) == ((1.0,), (1.2,), False)
+    trial = merge_judged(state(1), SCHEMA, buffered(state(3)), None, "clonal", 0.5, Judge(1.05), 0.1, before=(1.0,))
+    assert (trial.before, trial.after, trial.kept) == ((1.0,), (1.05,), True)
+
+
+def test_merge_judged_undoes_nothing_by_losses_that_are_no_longer_true():
+    """What was known as 1.0 has become 1.9: 1.2 is no harm."""
+    live, seen = state(1), []
+
+    def judge():
+        seen.append(float(live["y"].mean()))
+        return (1.9 if seen[-1] == unmerged else 1.2,)
+
+    unmerged, merged = (float(state(seed)["y"].mean()) for seed in (1, 3))
+    trial = merge_judged(live, SCHEMA, buffered(state(3)), None, "clonal", 0.5, judge, 0.1, before=(1.0,))
+    assert (trial.before, trial.after, trial.kept) == ((1.9,), (1.2,), True)
+    assert_same(live, state(3))
+    assert seen == [merged, unmerged, merged]  # last of all the weights as they are
+
+
+@pytest.mark.parametrize(
+    "losses", [(1.2, 1.0), (1.2, MemoryError()), (1.2, 1.9, MemoryError())], ids=["as known", "before", "after"]
+)
+def test_merge_judged_by_known_losses_leaves_the_weights_where_it_does_harm_or_fails(losses):
+    live, judge = state(1), Judge(*losses)
+    with contextlib.suppress(MemoryError):
+        trial = merge_judged(live, SCHEMA, buffered(state(3)), None, "clonal", 0.5, judge, 0.1, before=(1.0,))
+        assert not trial.kept
+    assert_same(live, state(1))
 
 
 def test_merge_judged_without_a_judge_keeps_all():

@@ -43,11 +43,11 @@ from training.checkpoint import build_model, checkpoint_bytes
 from training.checkpoint_writer import CheckpointWriter
 from training.computation import check_compiler, choose_dtype, peak_flops
 from training.data import LaneReader
-from training.excursion import Excursions
 from training.fitness import Fitness
 from training.loop import Parts, Trainer
 from training.memory import check_memory, estimate_memory
 from training.metrics import MetricsFile, Progress, RunLog
+from training.objections import Objections
 from training.optimizer import build_optimizer
 from training.options import parse_arguments
 from training.probe import Probe, split_probe
@@ -133,14 +133,18 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         ),
         options.population.probe_every,
     )  # fmt: skip
-    excursions = Excursions(weights, lambda: heredity.values)
+
+    def genes() -> dict[str, float]:
+        return {"lr": options.optimizer.lr} | heredity.values
+
+    objections = Objections(weights, genes, lr_evolves="lr" in heredity.values)
     node = EvolutionaryNode(
         identity=identity, run_id=setup.run_identity(run), run_dir=run.path, listener=listener,
         schema=Schema.of(travelling, weights.rules, setup.terms(options, weights, corpus)), live=travelling,
         scalars=weights.scalars, config=population, event_log=events,
         seed=options.optimizer.seed, leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
-        judge=fitness.judge, known=lambda: fitness.known, genes=lambda: dict(heredity.values),
-        objection=lambda peer: excursions.objection(peer.buffer.views, peer.scalars, peer.genes),
+        judge=fitness.judge, known=lambda: fitness.known, genes=genes,
+        objection=lambda peer: objections.to(peer.buffer.views, peer.scalars, peer.genes),
     )  # fmt: skip
     trainer = Trainer(
         Parts(
@@ -148,7 +152,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
             held_out=held_out, fitness=fitness, heredity=heredity, node=node,
             writer=CheckpointWriter(run.path, identity.rank, config, weights, schema, tidy_run),
             signals=signals,
-            metrics=MetricsFile(run.metrics), log=log, events=events, excursions=excursions,
+            metrics=MetricsFile(run.metrics), log=log, events=events, objections=objections,
             initial_weights=lambda: setup.initial_weights(options, config, None),
         )
     )  # fmt: skip

@@ -84,12 +84,12 @@ class EvolutionaryNode:
     """One rank's part in the population. All methods are for the training thread, which never waits for the network.
 
     run_dir: holds the registry (None: only without the filesystem coordinator); listener: see network_utils.listen(),
-    closed by close(); live: the training tensors by the schema's names, contiguous and written in place; scalars: the
-    optimizer's numbers, genes: the hyperparameters that evolve, both called at step boundaries; leader_duty: called on
-    the coordinator thread after a beat when leading; secret: the run's, see run_secret(); judge: losses of the live
-    weights on bytes that are the same each time, by which a merge that does harm is known (None: none is judged);
-    known: these losses where they were measured lately, None where not; objection: why a peer's snapshot is not to be
-    merged at all, None where nothing speaks against it.
+    closed by close(); live: the training tensors by the schema's names, contiguous and written in place; scalars:
+    the optimizer's numbers, genes: the hyperparameters it trains with, both called at step boundaries; leader_duty:
+    called on the coordinator thread after a beat when leading; secret: the run's, see run_secret(); judge: losses
+    of the live weights on bytes that are the same each time, by which a merge that does harm is known (None: none
+    is judged); known: these losses where they were measured lately, None where not; objection: why a peer's
+    snapshot is not to be merged at all, None where nothing speaks against it.
     """
 
     def __init__(

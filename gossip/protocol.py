@@ -118,7 +118,7 @@ class SnapshotHeader:
     """What the raw payload that follows is: `nbytes` of state after `step` whole steps, in `generation`.
 
     lineage: as in HELLO, at that step; scalars: the optimizer's counters and sums, from 0 to 1e15; genes: the
-    hyperparameters that evolve, all above 0.
+    hyperparameters it was trained with, all above 0.
     """
 
     step: int

@@ -55,7 +55,7 @@ class SnapshotDesk:
     """Holds both buffers, what is published, a snapshot asked for and a snapshot delivered.
 
     live: the tensors that training writes, by the schema's names; called at step boundaries: scalars(): the optimizer's
-    numbers, genes(): the hyperparameters that evolve.
+    numbers, genes(): the hyperparameters that it trains with.
     """
 
     def __init__(

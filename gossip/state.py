@@ -154,8 +154,8 @@ class StateBuffer:
 class Snapshot:
     """The state at one optimizer-step boundary: after `step` steps, in `generation`, with the optimizer's scalars.
 
-    lineage: as in HELLO; genes: the hyperparameters that evolve; of a received one, weight_norm: L2 norm of all values
-    under Rule.WEIGHT; left_out: share of its values that are the receiver's own, see WireFormat.
+    lineage: as in HELLO; genes: the hyperparameters it was trained with; of a received one, weight_norm: L2 norm of all
+    values under Rule.WEIGHT; left_out: share of its values that are the receiver's own, see WireFormat.
     """
 
     buffer: StateBuffer

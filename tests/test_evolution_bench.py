@@ -392,7 +392,7 @@ def test_evolution_conditions_change_the_population(corpus):
         ("ours:tie=both", "tie"),
         ("diloco:every=0", "at least 1 step"),
         ("diloco:wire=int4", "fp32 or bf16"),
-        ("ours:excursion=0", "a factor above 0"),
+        ("ours:limit=0", "a factor above 0"),
         ("solo:optimizer=sgd", "schedulefree or cosine"),
     ],
 )

@@ -47,6 +47,10 @@ class Heredity:
             position = (parts[rank] + places[rank]) / world_size
             self.values[name] = centre * spread ** (2 * position - 1)
 
+    def load(self, values: Mapping[str, float]) -> None:
+        """Go on with this rank's own, as it had them before; values: these, and perhaps others that do not evolve."""
+        self.values.update({name: values[name] for name in self._given})
+
     def inherit(self, values: Mapping[str, float], dice: random.Random) -> None:
         """Take up a fitter rank's values, each multiplied by a log-normal factor and kept within REACH."""
         for name, centre in self._given.items():

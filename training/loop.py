@@ -25,11 +25,11 @@ from runtime.signals import SignalFlags
 from training.checkpoint_writer import CheckpointWriter
 from training.computation import choose_dtype, flops_per_byte, peak_flops, training_pass
 from training.data import LaneReader, Region, validation_chunks
-from training.excursion import Excursions
 from training.fitness import Fitness
 from training.heredity import Heredity
 from training.losses import averaged_loss, chunk_loss
 from training.metrics import MetricsFile, Progress, RunLog, report_line
+from training.objections import Objections
 from training.optimizer import TrainedWeights
 from training.options import Options
 from training.recovery import Recovery, TrainingDiverged
@@ -74,7 +74,7 @@ class Parts:
     metrics: MetricsFile
     log: RunLog
     events: EventLog
-    excursions: Excursions
+    objections: Objections
     initial_weights: Callable[[], dict[str, Tensor]]
 
 

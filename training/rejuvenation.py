@@ -47,7 +47,7 @@ class Rejuvenation:
         live, elite = trainer.weights.tensors(), training["tensors"]
         if {k: tensor.shape for k, tensor in elite.items()} != {k: tensor.shape for k, tensor in live.items()}:
             raise CheckpointError(f"expected an elite of this model and optimizer, got another in {link}")
-        objection = trainer.parts.excursions.objection(elite, training["scalars"], training["genes"])
+        objection = trainer.parts.objections.to(elite, training["scalars"], training["genes"])
         if objection is not None:
             self._refused.add(name)
             trainer.event("rejuvenation_failed", f"{link.name} ({name}): {objection}")

@@ -26,7 +26,7 @@ def capture(trainer: "Trainer") -> dict[str, Any]:
         "totals": dataclasses.asdict(trainer.totals),
         "mixes": trainer.mixes(),
         "fitness": trainer.parts.fitness.state_dict(),
-        "genes": dict(trainer.parts.heredity.values),
+        "genes": {"lr": trainer.hyperparameter("lr")} | trainer.parts.heredity.values,
         "dice": trainer.dice.getstate(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -68,7 +68,7 @@ def restore(trainer: "Trainer", training: dict[str, Any], moves: bool) -> None:
     trainer.state = _fit_lanes(MinLMState(**training["state"]), trainer.state)
     trainer.mixes_before = training["mixes"]
     trainer.parts.fitness.load_state_dict(training["fitness"])
-    trainer.parts.heredity.values.update(training["genes"])
+    trainer.parts.heredity.load(training["genes"])
     trainer.apply_hyperparameters()
     trainer.dice.setstate(training["dice"])
     torch.set_rng_state(training["torch_rng"])

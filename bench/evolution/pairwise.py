@@ -23,9 +23,8 @@ from gossip.protocol import Flow, Hello
 from gossip.reputation import Reputation
 from gossip.state import StateBuffer
 from gossip.wire_format import WIRE_DTYPES, RemainderWire, packed_bytes, sketch_bytes, sketch_of
-from training.excursion import LIMIT as EXCURSION_LIMIT
-from training.excursion import Excursions
 from training.fitness import Fitness
+from training.objections import LIMIT, Objections
 from training.options import PAYLOADS, PopulationOptions
 from training.probe import Probe
 
@@ -242,8 +241,8 @@ class OneWay(Selection):
 @dataclass
 class Ours(Selection):
     """As ranks decide, by gossip.decision: a paired test on the probe, measured every probe_every steps. A clear
-    winner's weights flow into the loser; where none is clear, tie: average (both take the mean) or none. Whose base
-    iterate is more than `excursion` times as far off as the receiver's is not merged (inf: is). Who did harm is
+    winner's weights flow into the loser; where none is clear, tie: average (both take the mean) or none. Whose rate, or
+    the distance of whose base iterate, is over `limit` times the receiver's is not merged (inf: is). Who did harm is
     distrusted for a while, by a clock on which a step takes step_seconds.
     """
 
@@ -252,13 +251,13 @@ class Ours(Selection):
     least_effect: float = PopulationOptions.gossip_least_effect
     tie: str = PopulationOptions.gossip_tie
     probe_every: int = PopulationOptions.probe_every
-    excursion: float = EXCURSION_LIMIT
+    limit: float = LIMIT
     step_seconds: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.probe_every >= 1, "probe_every", "at least 1 step", self.probe_every)
-        require(self.excursion > 0, "excursion", "a factor above 0", self.excursion)
+        require(self.limit > 0, "limit", "a factor above 0", self.limit)
         require(self.step_seconds > 0, "step_seconds", "a time above 0", self.step_seconds)
         self._decider = Decider(self.method, "probe", self.tie, self.significance, self.least_effect)
 
@@ -269,20 +268,17 @@ class Ours(Selection):
         super().begin(replicas, dice)
         self._now = 0.0
         self._reputations = [Reputation(lambda: self._now) for _ in replicas]  # of the others, with each
-        self._excursions = [
-            Excursions(replica.weights, functools.partial(self._genes, replica), self.excursion) for replica in replicas
+        self._objections = [
+            Objections(each.weights, functools.partial(_genes, each), self.evolve == "lr", self.limit)
+            for each in replicas
         ]
-
-    def _genes(self, replica: Replica) -> dict[str, float]:
-        """What a rank would tell of its hyperparameters."""
-        return {"lr": replica.lr} if self.evolve == "lr" else {}
 
     def _receive(
         self, replica: Replica, sender: Replica, buffer: StateBuffer, method: str, alpha: float,
         own: StateBuffer | None = None,
     ) -> bool:  # fmt: skip
-        told = sender.weights.scalars(), self._genes(sender)
-        if self._excursions[replica.rank].objection(buffer.views, *told) is not None:
+        told = sender.weights.scalars(), _genes(sender)
+        if self._objections[replica.rank].to(buffer.views, *told) is not None:
             self.counts["diverged"] += 1
             self.hold_against(replica, sender)
             return False
@@ -320,6 +316,11 @@ class Ours(Selection):
             probe=evidence.probe if evidence else None, losses=evidence.losses if evidence else (),
             looks=replica.looks,
         )  # fmt: skip
+
+
+def _genes(replica: Replica) -> dict[str, float]:
+    """What a rank tells of its hyperparameters."""
+    return {"lr": replica.lr}
 
 
 def _incarnation(replica: Replica) -> str:

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 from mingru.minLM import MinLM, ModelConfig
 from training import optimizer
-from training.excursion import LIMIT, ROUNDING, Excursions
+from training.objections import LIMIT, ROUNDING, Objections
 from training.optimizer import build_optimizer
 from training.options import OptimizerOptions
 
 STEPS, RATE = 100, 0.01
+GENES = {"lr": RATE}
 
 
 def scalars(steps):
@@ -47,8 +48,8 @@ def own():
     return weights
 
 
-def objection(own, times, genes=None, own_genes=None, limit=LIMIT, steps=STEPS):
-    return Excursions(own, lambda: own_genes or {}, limit).objection(gone(times), scalars(steps), genes or {})
+def objection(own, times, lr=RATE, evolves=False, limit=LIMIT, steps=STEPS):
+    return Objections(own, lambda: GENES, evolves, limit).to(gone(times), scalars(steps), {"lr": lr})
 
 
 @pytest.mark.parametrize("items", [7, 1024 * 1024])  # pieces that end within a tensor, and none that does
@@ -89,11 +90,26 @@ def test_excursion_of_nobody_surprises_a_rank_whose_average_has_one_step(own):
 
 
 def test_excursion_may_be_as_much_longer_as_an_evolving_rate_is_higher(own):
-    assert objection(own, 30, {"lr": 0.04}, {"lr": 0.01}) is None
-    assert objection(own, 50, {"lr": 0.04}, {"lr": 0.01}) is not None
-    assert objection(own, 11, {"lr": 0.001}, {"lr": 0.01}) is not None  # a lower one bounds it no tighter
-    assert objection(own, 9, {"lr": 0.001}, {"lr": 0.01}) is None
-    assert objection(own, 30, {"weight_decay": 0.1}, {"weight_decay": 0.01}) is not None
+    assert objection(own, 30, 4 * RATE, evolves=True) is None
+    assert objection(own, 50, 4 * RATE, evolves=True) is not None
+    assert objection(own, 11, RATE / 4, evolves=True) is not None  # a lower one bounds it no tighter
+    assert objection(own, 9, RATE / 4, evolves=True) is None
+    assert objection(own, 30, 4 * RATE) is not None
+
+
+@pytest.mark.parametrize("schedulefree", [True, False])
+def test_a_rate_of_ten_times_ones_own_is_the_limit_where_rates_do_not_evolve(schedulefree):
+    """Of weights that tell nothing yet, whatever the optimizer."""
+    weights = weights_of(schedulefree=schedulefree)
+    for lr, evolves, objects in ((9.9, False, False), (10.1, False, True), (10.1, True, False), (0.01, False, False)):
+        objections = Objections(weights, lambda: GENES, evolves)
+        found = objections.to(weights.tensors(), weights.scalars(), {"lr": lr * RATE})
+        assert (found is not None) is objects
+        assert found is None or found == "it trains at a rate of 0.101, where 0.01 is usual here"
+    assert (
+        Objections(weights, lambda: GENES, False, math.inf).to(weights.tensors(), weights.scalars(), {"lr": 9.0})
+        is None
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -108,13 +124,14 @@ def test_excursion_in_the_first_steps_is_not_mistaken_for_the_wires_rounding(see
         rounded[name] = torch.floor(tensor / ulp + torch.rand(tensor.shape, generator=generator)) * ulp
     assert own.excursion(own.tensors()).distance == 0 < own.excursion(rounded).distance
     assert own.excursion(rounded).distance < ROUNDING * own.excursion(rounded).size
-    assert Excursions(own, dict).objection(rounded, scalars(2), {}) is None
+    assert Objections(own, lambda: GENES, False).to(rounded, scalars(2), GENES) is None
 
 
 def test_excursion_is_unknown_to_an_optimizer_without_an_average():
     weights = weights_of(schedulefree=False)
     assert weights.excursion(weights.tensors()) is None
-    assert Excursions(weights, dict).objection(weights.tensors(), {"steps": 9.0}, {}) is None
+    weights.load_scalars({"steps": 9.0})
+    assert Objections(weights, lambda: GENES, False).to(weights.tensors(), {"steps": 9.0}, GENES) is None
 
 
 AGES = [1, 2, 3, 5, 8, 12, 20, 40, 80]
@@ -145,13 +162,13 @@ def test_excursion_of_sound_ranks_passes_whatever_their_ages_and_at_thirty_times
     _, others = course(2, 0.01, warmup_steps)
     _, eightfold = course(3, 0.08, warmup_steps)
     _, diverging = course(4, 0.3, warmup_steps)
-    excursions = Excursions(weights, dict)
+    objections = Objections(weights, lambda: GENES, False)  # to no rate: all tell the same
     found = set()
     for age, state in own.items():
         load(weights, *state)
-        assert not [of for of, other in others.items() if excursions.objection(*other, {})], age
-        assert excursions.objection(*eightfold[age], {}) is None, age
-        if excursions.objection(*diverging[age], {}):
+        assert not [of for of, other in others.items() if objections.to(*other, GENES)], age
+        assert objections.to(*eightfold[age], GENES) is None, age
+        if objections.to(*diverging[age], GENES):
             found.add(age)
     assert {12, 20} <= found and (warmup_steps == 1000 or {5, 8} <= found), found
 
@@ -162,10 +179,11 @@ def test_excursion_of_who_has_just_taken_an_elders_weights_is_the_elders():
     _, others = course(2, 0.01, 40)
     tensors, counters = others[80]
     adopter = tensors, counters | {"k": own[3][1]["k"]}
+    objections = Objections(weights, lambda: GENES, False)
     load(weights, *own[20])
-    assert Excursions(weights, dict).objection(*adopter, {}) is None
+    assert objections.to(*adopter, GENES) is None
     load(weights, *adopter)
-    _, diverging = course(4, 0.3, 40)
-    assert Excursions(weights, dict).objection(*diverging[80], {}) == Excursions(weights, dict).objection(
-        diverging[80][0], diverging[80][1] | {"k": 1}, {}
-    )
+    _, faster = course(4, 0.3, 40)
+    tensors, counters = faster[80]
+    strict = Objections(weights, lambda: GENES, False, limit=2.0)
+    assert strict.to(tensors, counters, GENES) == strict.to(tensors, counters | {"k": 1}, GENES) is not None

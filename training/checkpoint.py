@@ -40,6 +40,10 @@ class CheckpointError(UserError):
     """A file that is no whole checkpoint of the wanted kind."""
 
 
+class OtherVersionError(CheckpointError):
+    """A whole checkpoint, whose training state another version of this software wrote."""
+
+
 @dataclass(frozen=True)
 class CheckpointFile:
     """A checkpoint's path and what its name tells: loss in nats per byte, or None if it was not known."""
@@ -151,13 +155,13 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
 def read_own_checkpoint(path: Path) -> dict[str, Any]:
     """read_checkpoint for one that this software wrote, with a training state that is whole and finite, not mapped.
 
-    Raises CheckpointError.
+    Raises CheckpointError, of which OtherVersionError is one.
     """
     content = read_checkpoint(path, mapped=False)
     if content.get("format") != FORMAT or "training" not in content:
         raise CheckpointError(f"expected a checkpoint of this software, got {path}: use --init_from for its weights")
     if content.get("training_format") != TRAINING_FORMAT:
-        raise CheckpointError(
+        raise OtherVersionError(
             f"expected a training state of format {TRAINING_FORMAT}, got {path} of another version of this software: "
             "resume with that one, or use --init_from for its weights"
         )

@@ -25,7 +25,14 @@ from mingru.sizing import parameter_count, resolve_config
 from runtime.errors import UserError
 from runtime.ranks import Identity
 from runtime.stderr import say
-from training.checkpoint import CheckpointError, CheckpointFile, list_checkpoints, read_for_use, read_own_checkpoint
+from training.checkpoint import (
+    CheckpointError,
+    CheckpointFile,
+    OtherVersionError,
+    list_checkpoints,
+    read_for_use,
+    read_own_checkpoint,
+)
 from training.data import Corpus, Region, find_files
 from training.heredity import Heredity
 from training.optimizer import TrainedWeights
@@ -84,13 +91,16 @@ def _resumed_options(given: Mapping[str, Any], run: RunDirectory) -> Options:
 def read_resumed(run: RunDirectory, identity: Identity) -> Resumed | None:
     """The checkpoint to go on from: the first whole one of the candidates; those passed over are named.
 
-    None, for a rank that was restarted, where nobody has one: the others train, and it begins again.
+    None, for a rank that was restarted, where nobody has one: the others train, and it begins again. Raises UserError
+    where there is none, or one of another version: that one's work is whole, and is not to be begun again.
     """
     if identity.restarts and not list_checkpoints(run.path):
         return None
     for source in resume_sources(run.path, identity.rank, identity.world_size):
         try:
             return Resumed(source.file, read_own_checkpoint(source.file.path), source.moves)
+        except OtherVersionError:
+            raise
         except CheckpointError as error:
             say(f"warning: rank {identity.rank} passes over a checkpoint: {error}")
     if identity.restarts:

@@ -44,7 +44,8 @@ def kernels() -> CDLL | None:
     if library is None:
         return None
     library.rotate.argtypes = library.unrotate.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
-    library.encode.argtypes = library.decode.argtypes = [c_void_p, c_int64] + [c_void_p] * 3
+    library.encode.argtypes = [c_void_p, c_int64] + [c_void_p] * 3
+    library.decode.argtypes = [c_void_p, c_int64] + [c_void_p] * 4
     for name in ("rotate", "unrotate", "encode", "decode"):
         getattr(library, name).restype = None
     return library
@@ -91,29 +92,27 @@ def encode(rotated: Tensor, spacing: Tensor) -> Tensor:
     """What travels, two numbers a byte and a tag (blocks, BLOCK / 2 + TAG_BYTES), uint8; `rotated` becomes what the
     receiver will find."""
     packed = torch.empty(len(rotated), _HALF + TAG_BYTES, dtype=torch.uint8)
-    tagged = torch.empty(len(rotated), BLOCK, dtype=torch.uint8)
     if kernels() is not None:
-        _call("encode", rotated, spacing, packed, tagged)
-    else:
-        place = torch.round(rotated * (1 / spacing[:, None]))
-        rotated.copy_(place * spacing[:, None])
-        tagged.copy_(place.int())
-        packed[:, :_HALF] = tagged[:, :_HALF] & (LEVELS - 1) | tagged[:, _HALF:] << 4
-    packed.numpy()[:, _HALF:] = _tags(tagged)
+        _call("encode", rotated, spacing, packed)
+        return packed
+    place = torch.round(rotated * (1 / spacing[:, None]))
+    rotated.copy_(place * spacing[:, None])
+    low = place.int().to(torch.uint8)
+    packed[:, :_HALF] = low[:, :_HALF] & (LEVELS - 1) | low[:, _HALF:] << 4
+    packed.numpy()[:, _HALF:] = _tags(low)
     return packed
 
 
 def decode(packed: Tensor, rotated: Tensor, spacing: Tensor) -> np.ndarray:
     """The receiver's own rotated blocks become what the sender's did; returns the numbers of those that did not."""
-    tagged = torch.empty(len(rotated), BLOCK, dtype=torch.uint8)
     if kernels() is not None:
-        _call("decode", packed, spacing, rotated, tagged)
-    else:
-        rest = torch.cat((packed[:, :_HALF] & (LEVELS - 1), packed[:, :_HALF] >> 4), dim=1).float()
-        place = rest + LEVELS * torch.round((rotated * (1 / spacing[:, None]) - rest) / LEVELS)
-        rotated.copy_(place * spacing[:, None])
-        tagged.copy_(place.int())
-    return (packed.numpy()[:, _HALF:] != _tags(tagged)).any(axis=1).nonzero()[0]
+        wrong = torch.empty(len(rotated), dtype=torch.uint8)
+        _call("decode", packed, spacing, rotated, wrong)
+        return wrong.numpy().nonzero()[0]
+    rest = torch.cat((packed[:, :_HALF] & (LEVELS - 1), packed[:, :_HALF] >> 4), dim=1).float()
+    place = rest + LEVELS * torch.round((rotated * (1 / spacing[:, None]) - rest) / LEVELS)
+    rotated.copy_(place * spacing[:, None])
+    return (packed.numpy()[:, _HALF:] != _tags(place.int().to(torch.uint8))).any(axis=1).nonzero()[0]
 
 
 def settle(values: Tensor, spacing: Tensor) -> None:
@@ -123,14 +122,15 @@ def settle(values: Tensor, spacing: Tensor) -> None:
     unrotate(rotated, values)
 
 
-def _tags(tagged: Tensor) -> np.ndarray:
-    digests = [blake3(block).digest(TAG_BYTES) for block in tagged.numpy()]
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, TAG_BYTES)
+def _tags(low: Tensor) -> np.ndarray:
+    """Of each block's places, eight bits of each: the upper half of their sum times _weights(), modulo 2**64."""
+    sums = (low.numpy().astype(np.uint64) * _weights()).sum(axis=1, dtype=np.uint64)
+    return (sums >> np.uint64(32)).astype("<u4").view(np.uint8).reshape(-1, TAG_BYTES)
 
 
 def _call(name: str, first: Tensor, spacing: Tensor, *others: Tensor) -> None:
-    addresses = [tensor.data_ptr() for tensor in (spacing, *others)]
-    getattr(kernels(), name)(first.data_ptr(), len(spacing), *addresses)
+    addresses = [tensor.data_ptr() for tensor in others]
+    getattr(kernels(), name)(first.data_ptr(), len(spacing), spacing.data_ptr(), _weights().ctypes.data, *addresses)
 
 
 def _turn(blocks: Tensor) -> Tensor:
@@ -154,6 +154,12 @@ def _signs() -> Tensor:
     """1 or -1 for each number of a block, over the root of their number: with it a rotation keeps lengths."""
     bits = np.unpackbits(_drawn("signs", BLOCK // 8))
     return torch.from_numpy((bits * 2.0 - 1).astype(np.float32)) / math.sqrt(BLOCK)
+
+
+@functools.cache
+def _weights() -> np.ndarray:
+    """By which a block's places are summed up to its tag: odd, so that no place is lost."""
+    return _drawn("tags", 8 * BLOCK).view("<u8").astype(np.uint64) | np.uint64(1)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from blake3 import blake3
 from gossip.faults import Fault, ProtocolError
 
 MAGIC = b"gruboros"
-VERSION = 2
+VERSION = 3
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 KEY_BYTES = 32

@@ -176,7 +176,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     )
     shares = ", ".join(f"{name} {value:.4g}" for name, value in heredity.values.items())
     log.line(
-        f"{fitness.probe}, about {probe_share:.2g} of training's work" + (f"; evolves {shares}" if shares else ""),
+        f"{fitness.probe}, about {probe_share:.1%} of training's work" + (f"; evolves {shares}" if shares else ""),
         echo=is_first,
     )
     mfu = "no MFU: its peak is unknown" if peak_flops(device, dtype) is None else "MFU beside the rate"

@@ -1,7 +1,7 @@
 """How far a base iterate goes from its average at 8 and 30 times a learning rate: `python -m bench.excursion --data F`.
 
 Replicas of one small model that begin alike, read different bytes and meet nobody. For each rate and warm-up, after so
-many steps: the distance at 8 and at 30 times the rate over the one at the rate itself. By it training/excursion.py
+many steps: the distance at 8 and at 30 times the rate over the one at the rate itself. By it training/objections.py
 tells a rank that diverges from one whose rate is merely another.
 """
 

@@ -550,7 +550,9 @@ def test_evolution_real_flags_say_the_arm():
     assert known["train_steps"] == 4 and known["gossip_least_effect"] == 0.01
 
 
-@pytest.mark.parametrize("arm", ["ddp", "one_way", "solo:spread=8", "ours:corrupt=1", "pair_mean:share=0.5"])
+@pytest.mark.parametrize(
+    "arm", ["ours:limit=inf", "ours:shun=1", "ddp", "one_way", "solo:spread=8", "ours:corrupt=1", "pair_mean:share=0.5"]
+)
 def test_evolution_real_refuses_what_has_no_flags(arm):
     with pytest.raises(UserError, match="expected with --real"):
         flags_of(setting(), parse_arm(arm, POLICIES), 1)

@@ -23,6 +23,7 @@ from training.data import Corpus, validation_chunks
 from training.probe import split_probe
 
 POLL_SECONDS = 0.5
+SIMULATED = ("share", "shun", "evolve", "mutation_scale", "limit", "step_seconds")  # options that no flag says
 
 
 def run_real(setting: Setting, arm: Arm, seed: int, data: Path, corpus: Corpus) -> dict:
@@ -73,10 +74,10 @@ def flags_of(setting: Setting, arm: Arm, seed: int) -> list[str]:
     """train.py's flags for an arm, but --data and --output. Raises UserError."""
     policy, conditions = arm.policy(), arm.conditions
     plain = dataclasses.replace(conditions, replicas=0, lr=1.0, sf_beta=Conditions.sf_beta) == Conditions()
-    whole = not isinstance(policy, PairMean) or policy.share == 1
-    if not isinstance(policy, Solo | PairMean | Ours) or not plain or not whole:
-        raise UserError("expected with --real solo, pair_mean (share 1) or ours under replicas, lr and sf_beta alone, "
-                        f"got {arm.label}: leave it out")  # fmt: skip
+    simulated = [name for name, _ in arm.options if name in SIMULATED]
+    if not isinstance(policy, Solo | PairMean | Ours) or not plain or simulated:
+        raise UserError("expected with --real solo, pair_mean or ours, by replicas, lr and sf_beta alone and without "
+                        f"{', '.join(SIMULATED)}, got {arm.label}: leave it out")  # fmt: skip
     values = {
         "train_steps": setting.steps, "seed": seed, "val_fraction": setting.val_fraction, "dim": setting.dim,
         "depth": setting.depth, "ff_mult": setting.ff_mult, "batch_size": setting.batch_size,

@@ -550,6 +550,19 @@ def test_evolution_real_flags_say_the_arm():
     assert known["train_steps"] == 4 and known["gossip_least_effect"] == 0.01
 
 
+def test_evolution_real_trains_by_the_clock(data, corpus):
+    arm = parse_arm("pair_mean:p=0.5,minutes=0.05", POLICIES)
+    flags = flags_of(setting(), arm, 1)
+    assert flags[flags.index("--max_minutes") + 1] == "0.05" and "--train_steps" not in flags
+    result = run_real(setting(steps=1_000_000), arm, 1, data, corpus)
+    assert 4 < result["steps"] < 1_000_000 and result["bytes_over_ddp"] > 0
+
+
+def test_evolution_takes_minutes_of_real_ranks_alone(data):
+    with pytest.raises(UserError, match="beside --real alone, got solo:minutes=1"):
+        main(["--data", str(data), "--cpu", "--arms", "solo:minutes=1"])
+
+
 @pytest.mark.parametrize(
     "arm", ["ours:limit=inf", "ours:shun=1", "ddp", "one_way", "solo:spread=8", "ours:corrupt=1", "pair_mean:share=0.5"]
 )

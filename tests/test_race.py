@@ -13,7 +13,7 @@ from bench.race.contestant import Plan, Setting, measure, windows
 from bench.race.heat import Heat, read_all
 from bench.race.ours import parse_flags
 from bench.race.rivals import RIVALS, count, nearest_width, rate_factor
-from bench.race.tuning import DROPOUTS, MOST_RATES, RATES, best_rate, tune
+from bench.race.tuning import DROPOUTS, MOST_RATES, RATES, best_dropout, best_rate, tune
 from runtime.errors import UserError
 from training.data import Corpus, Region
 from training.options import resolve_options
@@ -75,7 +75,7 @@ def test_race_runs_every_model_once_and_reports_each(data, tmp_path, capsys, qui
         assert {Setting(rate, 0.0) for rate in RATES} <= set(rates) and len(rates) <= MOST_RATES
         assert rates[chosen._replace(dropout=0.0)] == min(rates.values())
         if name != "mingru_pytorch":
-            assert {setting.dropout for setting in dropouts} == set(DROPOUTS)
+            assert {setting.dropout for setting in dropouts} >= set(DROPOUTS)
             assert dropouts[chosen] == min(dropouts.values())
     assert raced["ours"]["bytes_seen"] == 2 * 16 * raced["ours"]["steps"]
 
@@ -167,7 +167,8 @@ def test_race_ours_is_named_by_the_options_in_force(monkeypatch):
 
     usual = options("")
     assert usual["lr"] == 0.01 and usual["dropout"] == 0.1 and "seed" not in usual
-    assert options("--lane_groups 16 --params 1900000 --dtype fp32") == usual
+    assert options("--lane_groups 16 --params 1900000") == usual
+    assert len({options(flags)["dtype"] for flags in ("", "--dtype fp32", "--dtype bf16")}) == 3
     for flags in ("--lane_groups 4", "--batch_size 4", "--warmup_steps 5", "--no_enable_conv", "--ff_mult 3",
                   "--dim 96", "--expansion_factor 2", "--sf_beta 0.8", "--weight_decay 0.2", "--dtype bf16",
                   "--no_schedulefree"):  # fmt: skip
@@ -205,9 +206,9 @@ def test_race_tunes_every_contestant_on_training_bytes_only(data, tmp_path, monk
         assert (unseen.end == size) == (heat.measured == "held-out") and unseen.end in (size, int(0.9 * size))
     for name in race.MODELS:
         own = [(heat.measured, heat.minutes, *heat.options["setting"]) for heat, _, _ in seen if heat.model == name]
-        dropout = 0.0 if name == "mingru_pytorch" else 0.1
+        dropout = 0.0 if name == "mingru_pytorch" else 0.4
         rates = [("tuning", 2, rate, 0.0) for rate in (2e-3, 4e-3, 8e-3, 1e-3, 5e-4)]
-        tried = [("tuning", 8, 1e-3, chance) for chance in (0.0, 0.1) if dropout]
+        tried = [("tuning", 8, 1e-3, chance) for chance in (0.0, 0.1, 0.2, 0.3, 0.4) if dropout]
         assert own == [*rates, *tried, ("held-out", 8, 1e-3, dropout)]
 
 
@@ -238,11 +239,23 @@ def test_race_dropout_is_chosen_in_trials_as_long_as_the_race():
 
     def loss(setting, minutes):
         asked.append((setting, minutes))
-        return abs(setting.rate - 4e-3) - (setting.dropout if minutes == 7 else -setting.dropout)
+        return abs(setting.rate - 4e-3) + abs(setting.dropout - 0.2)
 
-    assert tune(loss, 7, 2, drops=True) == Setting(4e-3, 0.1) and len(asked) == 5
-    assert [minutes for setting, minutes in asked] == [2, 2, 2, 7, 7]
-    assert tune(loss, 7, 2, drops=False) == Setting(4e-3, 0.0) and len(asked) == 8
+    assert tune(loss, 7, 2, drops=True) == Setting(4e-3, 0.2) and len(asked) == 7
+    assert [minutes for setting, minutes in asked] == [2, 2, 2, 7, 7, 7, 7]
+    assert tune(loss, 7, 2, drops=False) == Setting(4e-3, 0.0) and len(asked) == 10
+
+
+@pytest.mark.parametrize("best, tried, found", [(0.0, 2, 0.0), (0.1, 3, 0.1), (0.3, 5, 0.3), (0.9, 5, 0.4)])
+def test_race_dropouts_go_on_while_the_highest_is_the_best(best, tried, found):
+    losses = {}
+
+    def loss(dropout):
+        assert dropout not in losses
+        losses[dropout] = abs(dropout - best)
+        return losses[dropout]
+
+    assert best_dropout(loss) == found and len(losses) == tried
 
 
 def test_race_ours_repeats_and_seeds_differ(halves):

@@ -58,8 +58,11 @@ def run(given: argparse.Namespace, output: Path) -> int:
     setting = setting_of(given, corpus)
     if given.real and device.type != "cpu":
         raise UserError("expected --cpu beside --real, whose ranks share this machine's cores: give it")
-    for arm in arms if given.real else ():
-        flags_of(setting, arm, given.first_seed)  # so that an arm which cannot be is found before any has run
+    for arm in arms:
+        if given.real:
+            flags_of(setting, arm, given.first_seed)  # so that an arm which cannot be is found before any has run
+        elif arm.conditions.minutes:
+            raise UserError(f"expected minutes=N beside --real alone, got {arm.label}: add --real, or set --steps")
     say(f"{parameter_count(setting.model)} parameters a replica; {setting}")
     try:
         output.mkdir(parents=True, exist_ok=True)

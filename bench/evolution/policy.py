@@ -52,9 +52,11 @@ class Conditions:
     rates lie from x1/4 to x2 (for 8), evenly in their logarithm, one for each replica. corrupt: so many replicas read
     random bytes. diverging: so many train at DIVERGING times their rate. parted: 1, and each rank's lanes begin side by
     side, in its own part of the data; 0, and they begin all over the data, between the others', as train.py's do.
+    minutes: with --real, so long a rank trains by the wall clock, whatever --steps says; 0: it takes --steps.
     """
 
     replicas: int = 0
+    minutes: float = 0.0
     lr: float = 1.0
     sf_beta: float = OptimizerOptions.sf_beta
     optimizer: str = "schedulefree"
@@ -105,6 +107,7 @@ def parse_arm(text: str, policies: Mapping[str, type[Policy]]) -> Arm:
     arm = Arm(f"{name}:{given}" if given else name, policies[name], tuple(options.items()), Conditions(**conditions))
     arm.policy()  # so that options which make no sense are found now
     known = ("schedulefree", "cosine")
+    require(arm.conditions.minutes >= 0, "minutes", "a time from 0", arm.conditions.minutes)
     require(arm.conditions.optimizer in known, "optimizer", " or ".join(known), arm.conditions.optimizer)
     return arm
 

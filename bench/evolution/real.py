@@ -16,18 +16,19 @@ from bench.evolution.policy import Arm, Conditions, Policy, Solo
 from bench.evolution.replica import held_out_loss, ring_bytes
 from bench.evolution.trial import LANE_CHUNK, LANES, Setting, mean_of
 from bench.population import ROOT, Population
-from mingru.minLM import MinLM
 from runtime.errors import UserError
-from training.checkpoint import load_for_use
+from training.checkpoint import CheckpointFile, load_for_use
 from training.data import Corpus, validation_chunks
 from training.probe import split_probe
 
 POLL_SECONDS = 0.5
 SIMULATED = ("share", "shun", "evolve", "mutation_scale", "limit", "step_seconds")  # options that no flag says
+SAID = ("replicas", "lr", "sf_beta", "minutes")  # conditions that flags say
 
 
 def run_real(setting: Setting, arm: Arm, seed: int, data: Path, corpus: Corpus) -> dict:
-    """Train one population on the CPU to the end of its steps and measure its last checkpoints, as run_trial() does.
+    """Train one population on the CPU to the end of its steps, or minutes, and measure its last checkpoints as
+    run_trial() does.
 
     Raises UserError where an arm has no flags that say it; RuntimeError with the ranks' words if one of them failed.
     """
@@ -43,14 +44,16 @@ def run_real(setting: Setting, arm: Arm, seed: int, data: Path, corpus: Corpus) 
         if population.status != 0:
             raise RuntimeError(f"status {population.status}: {population.output[-2000:]}")
         seconds = time.perf_counter() - began
-        models = [_model(population, rank, setting) for rank in range(ranks)]
+        files = [_newest(population, rank, 0 if arm.conditions.minutes else setting.steps) for rank in range(ranks)]
+        models = [load_for_use(file.path, torch.device("cpu"))[0] for file in files]
         sent = [_bytes_sent(population, rank) for rank in range(ranks)]
     weights = [dict(model.named_parameters()) for model in models]
     _, measured = split_probe(*corpus.split(setting.val_fraction))
     chunks = list(validation_chunks(measured, LANES, LANE_CHUNK, len(measured)))
     losses = [held_out_loss(models[0], each, chunks, torch.device("cpu")) for each in weights]
     parameters = sum(tensor.numel() for tensor in weights[0].values())
-    all_reduce = ring_bytes(4 * parameters, ranks) * setting.steps
+    steps = statistics.fmean(file.step for file in files)
+    all_reduce = ring_bytes(4 * parameters, ranks) * steps
     return {
         "arm": f"{arm.label} over TCP",
         "seed": seed,
@@ -58,6 +61,7 @@ def run_real(setting: Setting, arm: Arm, seed: int, data: Path, corpus: Corpus) 
         "options": arm.in_full(),
         "ranks": ranks,
         "parameters": parameters,
+        "steps": steps,
         "loss": statistics.fmean(losses),
         "losses": losses,
         "best": min(losses),
@@ -73,13 +77,15 @@ def run_real(setting: Setting, arm: Arm, seed: int, data: Path, corpus: Corpus) 
 def flags_of(setting: Setting, arm: Arm, seed: int) -> list[str]:
     """train.py's flags for an arm, but --data and --output. Raises UserError."""
     policy, conditions = arm.policy(), arm.conditions
-    plain = dataclasses.replace(conditions, replicas=0, lr=1.0, sf_beta=Conditions.sf_beta) == Conditions()
+    said = {name: getattr(Conditions, name) for name in SAID}
+    plain = dataclasses.replace(conditions, **said) == Conditions()
     simulated = [name for name, _ in arm.options if name in SIMULATED]
     if not isinstance(policy, Solo | PairMean | Ours) or not plain or simulated:
-        raise UserError("expected with --real solo, pair_mean or ours, by replicas, lr and sf_beta alone and without "
-                        f"{', '.join(SIMULATED)}, got {arm.label}: leave it out")  # fmt: skip
-    values = {
-        "train_steps": setting.steps, "seed": seed, "val_fraction": setting.val_fraction, "dim": setting.dim,
+        raise UserError(f"expected with --real solo, pair_mean or ours, under {', '.join(SAID)} alone and "
+                        f"without {', '.join(SIMULATED)}, got {arm.label}: leave it out")  # fmt: skip
+    budget = {"max_minutes": conditions.minutes} if conditions.minutes else {"train_steps": setting.steps}
+    values = budget | {
+        "seed": seed, "val_fraction": setting.val_fraction, "dim": setting.dim,
         "depth": setting.depth, "ff_mult": setting.ff_mult, "batch_size": setting.batch_size,
         "chunk_size": setting.chunk_size, "lr": setting.lr * conditions.lr, "sf_beta": conditions.sf_beta,
         "weight_decay": setting.weight_decay,
@@ -106,11 +112,12 @@ def _gossip(policy: Policy) -> dict[str, str | float]:
     }  # fmt: skip
 
 
-def _model(population: Population, rank: int, setting: Setting) -> MinLM:
+def _newest(population: Population, rank: int, step: int) -> CheckpointFile:
+    """The rank's last checkpoint, of `step` (0: of any)."""
     file = newest_whole(population.run_dir, rank)
-    if file is None or file.step != setting.steps:
-        raise RuntimeError(f"rank {rank} left no checkpoint of step {setting.steps}: {population.output[-2000:]}")
-    return load_for_use(file.path, torch.device("cpu"))[0]
+    if file is None or step not in (0, file.step):
+        raise RuntimeError(f"rank {rank} left no checkpoint of step {step or 'any'}: {population.output[-2000:]}")
+    return file
 
 
 def _bytes_sent(population: Population, rank: int) -> int:

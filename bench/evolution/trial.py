@@ -111,6 +111,7 @@ def run_trial(setting: Setting, arm: Arm, seed: int, corpus: Corpus, device: tor
         "options": arm.in_full(),
         "ranks": ranks,
         "parameters": gradients // 4,
+        "steps": setting.steps,
         "loss": statistics.fmean(losses),
         "losses": losses,
         "best": min(losses),

@@ -6,7 +6,8 @@ the time is over. Nothing is run twice that has a result under --output, so a ra
 threads' time a model got. With --clock cpu and one thread others cost it little but their share of the caches.
 
 Rivals: AdamW, batches of 16 x 256 bytes drawn at random, warm-up and cosine over the time. Ours: train.py's defaults
-but for the flags in --ours, on contiguous lanes. Of each, ours too, rate and dropout are tuned by the same rule
+but for the flags in --ours, on contiguous lanes. Each, ours too unless --ours says otherwise, trains in the faster of
+float32 and bfloat16 (autocast), by the quickest of three passes. Of each rate and dropout are tuned by the same rule
 (bench/race/tuning.py): trained on the first nine tenths of the training bytes, measured on their last tenth.
 """
 

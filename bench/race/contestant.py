@@ -4,6 +4,7 @@ Shapes: B lanes, T bytes of a chunk, S = T + 1.
 """
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -47,6 +48,18 @@ class Plan(NamedTuple):
 
     options: dict[str, Any]
     build: Callable[[Region, int], Contestant]
+
+
+def faster_dtype(train: Callable[[str], None]) -> str:
+    """fp32 or bf16, by the quickest of three times that `train` takes with each, in turn; the first is not counted."""
+    seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    for counted in (False, True, True, True):
+        for dtype, kept in seconds.items():
+            begin = time.perf_counter()
+            train(dtype)
+            if counted:
+                kept.append(time.perf_counter() - begin)
+    return min(seconds, key=lambda dtype: min(seconds[dtype]))
 
 
 @torch.no_grad()

@@ -3,14 +3,14 @@
 import functools
 import math
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from bench.race.contestant import Plan, Setting
+from bench.race.contestant import Plan, Setting, faster_dtype
 from mingru.minLM import MinLM, MinLMState, ModelConfig
 from mingru.sizing import parameter_count
 from runtime.errors import UserError
@@ -51,31 +51,47 @@ def plan(given: dict[str, Any], setting: Setting) -> Plan:
     config = choose_model(options, given, None)
     values = {name: value for group in options.to_dict().values() for name, value in group.items()}
     in_force = {name: values[name] for name in sorted(TRAINING)} | config.to_dict()
-    return Plan(in_force, functools.partial(Ours, options, config))
+    if "dtype" not in given:
+        in_force["dtype"] = "faster"
+    return Plan(in_force, functools.partial(Ours, options, config, in_force["dtype"]))
 
 
 class Ours:
-    """MinLM on contiguous lanes, its state carried along; measured by schedule-free AdamW's averaged weights."""
+    """MinLM on contiguous lanes, its state carried along; measured by schedule-free AdamW's averaged weights.
+
+    dtype: as --dtype names them, or faster: of float32 and bf16 the one that is, as of the rivals.
+    """
 
     carries = True
 
-    def __init__(self, options: Options, config: ModelConfig, training: Region, seed: int) -> None:
+    def __init__(self, options: Options, config: ModelConfig, dtype: str, training: Region, seed: int) -> None:
         torch.manual_seed(seed)
         self._model = MinLM(config)
         self._weights = build_optimizer(self._model, options.optimizer)
         data = options.data
-        self._lanes = LaneReader(
-            training, data.batch_size, data.chunk_size, rank=0, world_size=1, seed=seed, groups=data.lane_groups
-        )
-        self._forward = training_pass(self._model, options.compute, CPU)
+        read = functools.partial(
+            LaneReader, training, data.batch_size, data.chunk_size, rank=0, world_size=1, seed=seed,
+            groups=data.lane_groups,
+        )  # fmt: skip
+        self._lanes = read()
         self._state = self._model.initial_state(len(self._lanes.positions))
         self._clip = options.optimizer.grad_clip or math.inf
+        if dtype == "faster":
+            dtype = faster_dtype(functools.partial(self._try, options.compute, read().next_chunk()))
+        self._forward = training_pass(self._model, replace(options.compute, dtype=dtype), CPU)
         self.parameters = parameter_count(config)
         self.told = {
             "shape": f"dim {config.dim}, depth {config.depth}, ff {config.ff_mult:g}", "rate": options.optimizer.lr,
-            "dropout": config.dropout, "batch": f"{data.batch_size} x {data.chunk_size}",
-            "dtype": options.compute.dtype,
+            "dropout": config.dropout, "batch": f"{data.batch_size} x {data.chunk_size}", "dtype": dtype,
         }  # fmt: skip
+
+    def _try(self, options: ComputeOptions, chunk: Chunk, dtype: str) -> None:
+        """A pass forward and backward on lanes that begin, of which nothing is kept."""
+        self._model.train()
+        forward = training_pass(self._model, replace(options, dtype=dtype), CPU)
+        loss, _ = chunk_loss(forward, chunk, self._model.initial_state(len(chunk.ids_BS)), CPU)
+        loss.backward()
+        self._model.zero_grad(set_to_none=True)
 
     def train_step(self, spent: float) -> int:
         """See Contestant; there is no schedule, so `spent` makes no difference."""

@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import itertools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.race.contestant import WINDOW, Plan, Setting
+from bench.race.contestant import WINDOW, Plan, Setting, faster_dtype
 from runtime.errors import UserError
 from training.data import Chunk, Region
 
@@ -142,7 +141,8 @@ class Rival:
         self._model = RIVALS[name].build(dim, setting.dropout)
         self._bytes = training.read(0, len(training))
         self._places = np.random.default_rng(seed)
-        self._dtype = self._faster_dtype()
+        self._dtype = faster_dtype(self._backward)
+        self._model.zero_grad(set_to_none=True)
         groups = [{"params": [p for p in self._model.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
                   {"params": [p for p in self._model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
         self._rate = setting.rate
@@ -176,18 +176,6 @@ class Rival:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
             logits_BTV, _ = self._model(ids_BS[:, :-1])
         F.cross_entropy(logits_BTV.float().flatten(0, 1), ids_BS[:, 1:].flatten()).backward()
-
-    def _faster_dtype(self) -> str:
-        """fp32 or bf16 (autocast), by the quickest of three passes each, in turn; the first of each is not counted."""
-        seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
-        for counted in (False, True, True, True):
-            for dtype, kept in seconds.items():
-                begin = time.perf_counter()
-                self._backward(dtype)
-                if counted:
-                    kept.append(time.perf_counter() - begin)
-        self._model.zero_grad(set_to_none=True)
-        return min(seconds, key=lambda dtype: min(seconds[dtype]))
 
 
 def rate_factor(spent: float) -> float:

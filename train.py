@@ -129,7 +129,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         options.population.gossip_fitness, FitnessTracker(options.population.gossip_fitness_decay),
         Probe(
             model, weights, probe_region, windows,
-            options.data.batch_size * options.data.chunk_size, device,
+            options.data.batch_size * options.data.chunk_size, device, dtype,
         ),
         options.population.probe_every,
     )  # fmt: skip

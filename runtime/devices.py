@@ -48,14 +48,17 @@ def device_memory_bytes(device: torch.device) -> int:
     return min(host, int(limit)) if limit.isdigit() else host
 
 
-def has_bf16_tiles() -> bool:
-    """Whether this host's processor multiplies matrices of bfloat16 in tiles (AMX), several times as fast as float32.
+def has_fast_bf16() -> bool:
+    """Whether this host's processor multiplies matrices faster in bfloat16 than in float32: one with tiles for it
+    (AMX), or AMD's with AVX512_BF16 (Zen 4 and later), whose bfloat16 dot product is as fast as a float32 multiply-add.
 
-    Other processors' bfloat16 instructions may be slower than float32's. torch reaches the tiles through oneDNN.
+    Others' bfloat16 instructions may be slower than float32's. torch reaches them through oneDNN.
     """
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:  # no Linux
         return False
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return "amx_bf16" in flags.split() and torch.backends.mkldnn.is_available()
+    fields = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    flags, vendor = fields.get("flags", []), fields.get("vendor_id", [])
+    fast = "amx_bf16" in flags or ("avx512_bf16" in flags and vendor == ["AuthenticAMD"])
+    return fast and torch.backends.mkldnn.is_available()

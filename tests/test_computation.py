@@ -74,12 +74,23 @@ def test_the_model_compiles_without_a_graph_break():
     [
         ("flags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile", torch.bfloat16),
         ("flags\t\t: fpu avx512f avx512_bf16 amx_tile amx_int8", torch.float32),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16", torch.float32),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16", torch.bfloat16),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f", torch.float32),
         ("Features\t: fp asimd bf16", torch.float32),
         (None, torch.float32),
     ],
-    ids=["with AMX", "without AMX", "another architecture", "no list of processors"],
+    ids=[
+        "with AMX",
+        "without AMX",
+        "Intel without AMX",
+        "Zen 4",
+        "Zen 3",
+        "another architecture",
+        "no list of processors",
+    ],
 )
-def test_auto_is_bfloat16_on_a_processor_with_tiles_for_it(tmp_path, monkeypatch, flags, expected):
+def test_auto_is_bfloat16_on_a_processor_that_is_faster_with_it(tmp_path, monkeypatch, flags, expected):
     monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
     if flags is not None:
         devices.CPUINFO.write_text(f"processor\t: 0\nmodel name\t: amx_bf16 by name only\n{flags}\nbogomips\t: 1\n")

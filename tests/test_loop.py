@@ -68,6 +68,20 @@ def test_validation_and_the_checkpoints_weights_are_x_while_training_is_y(run_tr
     assert measured == pytest.approx(loss_of_x, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_judges_is_computed_in_the_precision_of_training(run_train, trainers, dtype):
+    word = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    run_train("run", "--train_steps", "2", "--dtype", word, *QUIET)
+    (trainer,) = trainers
+    seen = []
+    products = [layer for layer in trainer.model.modules() if isinstance(layer, torch.nn.Linear)]
+    products[0].register_forward_hook(lambda layer, given, out: seen.append(out.dtype))
+    trainer.validate()
+    validated, seen[:] = set(seen), []
+    trainer.parts.fitness.probe.measure()
+    assert set(seen) == validated == {dtype}
+
+
 def test_a_step_trains_on_every_chunk_and_carries_the_state(run_train, trainers):
     flags = ["--lr", "1e-30", "--document_delimiter", "none", "--lane_groups", "1"]
     run_train("run", "--train_steps", "1", *flags, *QUIET)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mingru.minLM import MinLM, MinLMState
-from runtime.devices import has_bf16_tiles
+from runtime.devices import has_fast_bf16
 from runtime.errors import UserError
 from training.options import ComputeOptions
 
@@ -26,15 +26,22 @@ PEAK_TFLOPS: dict[str, tuple[float, float]] = {
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for --dtype. auto: bfloat16 on a GPU or a CPU with units for it, else float32.
+    """The dtype of matrix products for --dtype. auto: bfloat16 on a GPU that has it and on a CPU
+    that is faster with it, else float32.
 
     Raises UserError for bf16 on a GPU without it.
     """
     on_gpu = device.type == "cuda"
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_bf16_tiles()
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_fast_bf16()
     if wanted == "bf16" and on_gpu and not has_bf16:
         raise UserError(f"expected a GPU that computes in bfloat16, got {_name(device)}: use --dtype fp32")
     return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and has_bf16) else torch.float32
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """A context in which a model whose weights are float32 computes its matrix products, and what lies between them, in
+    `dtype`: autocast, or for float32 nothing."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def check_compiler(options: ComputeOptions, device: torch.device) -> None:
@@ -56,7 +63,7 @@ def training_pass(
     forward = torch.compile(model, dynamic=False) if options.compile else model
 
     def compute(*inputs: Tensor | MinLMState | None) -> tuple[Tensor, MinLMState]:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with precision(dtype, device):
             return forward(*inputs)
 
     return compute

@@ -23,7 +23,7 @@ from gossip.state import Schema
 from mingru.minLM import MinLM, MinLMState
 from runtime.signals import SignalFlags
 from training.checkpoint_writer import CheckpointWriter
-from training.computation import choose_dtype, flops_per_byte, peak_flops, training_pass
+from training.computation import choose_dtype, flops_per_byte, peak_flops, precision, training_pass
 from training.data import LaneReader, Region, validation_chunks
 from training.fitness import Fitness
 from training.heredity import Heredity
@@ -100,7 +100,8 @@ class Trainer:
         self._rejuvenation = Rejuvenation(self)
         self.saving = Saving(self)
         self._flops_per_byte = flops_per_byte(parts.model)
-        self._peak_flops = peak_flops(parts.device, choose_dtype(parts.options.compute.dtype, parts.device))
+        self._dtype = choose_dtype(parts.options.compute.dtype, parts.device)
+        self._peak_flops = peak_flops(parts.device, self._dtype)
 
     def initial_state(self) -> MinLMState:
         """Of all lanes: each at the start of a document."""
@@ -147,10 +148,12 @@ class Trainer:
         self.parts.writer.before_write()
 
     def validate(self) -> float:
-        """Loss of the averaged weights over the held-out bytes, nats per byte; training's weights stay untouched."""
+        """Loss of the averaged weights over the held-out bytes, nats per byte, in the precision that training computes
+        in; training's weights stay untouched."""
         data = self.options.data
         chunks = validation_chunks(self.parts.held_out, data.batch_size, data.chunk_size, data.val_bytes)
-        return averaged_loss(self.model, self.weights, chunks, self.parts.device)
+        with precision(self._dtype, self.parts.device):
+            return averaged_loss(self.model, self.weights, chunks, self.parts.device)
 
     def run(self, deadline: float = math.inf, progress: Progress | None = None) -> None:
         """Train until --train_steps, `deadline` (on time.monotonic) or a stop signal; then save, and wait for it.

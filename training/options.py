@@ -164,7 +164,7 @@ class ComputeOptions:
     """computation"""
 
     dtype: str = _option("fp32", "of matrix products and what lies between them (weights and gradients are float32): "
-                         "bf16, fp32, or auto: bf16 on a GPU that has it and on a CPU with AMX",
+                         "bf16, fp32, or auto: bf16 on a GPU that has it and on a CPU with AMX or AMD's AVX512_BF16",
                          choices=("bf16", "fp32", "auto"))  # fmt: skip
     compile: bool = _option(False, "compile the training pass with torch.compile: a slower start, faster steps")
     checkpoint_layers: bool = _option(False, "keep only each layer's input for the backward pass and compute the rest "

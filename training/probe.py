@@ -10,6 +10,7 @@ from gossip.comparison import Evidence
 from gossip.merge import Losses
 from gossip.protocol import LOSS_LIMIT, PROBE_WINDOWS_LIMIT
 from mingru.minLM import MinLM
+from training.computation import precision
 from training.data import Chunk, Region, document_starts
 from training.losses import lane_losses
 from training.optimizer import TrainedWeights
@@ -52,7 +53,7 @@ class Probe:
     methods are for the training thread.
 
     A rank that measures fewer than another has measured the first of the same. pass_bytes: targets that one forward
-    pass may take.
+    pass may take. dtype: in which it is computed, that of training, so that it takes its share of training's time.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Probe:
         windows: int,
         pass_bytes: int,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         content = region.read(0, len(region))
         size = max(1, min(WINDOW_BYTES, (len(content) - 1) // 2))
@@ -71,19 +73,19 @@ class Probe:
         self._ids_NS = np.stack([content[place : place + size + 1] for place in places])
         self._lanes = max(1, pass_bytes // size)
         self._delimiter = region.corpus.delimiter
-        self._model, self._weights, self._device = model, weights, device
+        self._model, self._weights, self._device, self._dtype = model, weights, device, dtype
 
     def measure(self) -> tuple[Losses, Evidence | None]:
         """The weights as they are now, each window from a state of zero: mean losses in nats per byte of the averaged
         ones and, where training holds others, of those on the first windows; and the averaged ones' losses of each
         window, None if those are beyond LOSS_LIMIT or not numbers.
         """
-        averaged = lane_losses(self._model, self._weights, self._passes(self.windows), self._device)
+        averaged = self._lane_losses(self._weights, self.windows)
         sound = bool((averaged <= LOSS_LIMIT).all())  # NaN is not
         evidence = Evidence(self.id, tuple(round(float(x), _DIGITS) for x in averaged)) if sound else None
         if not self._weights.averages:
             return (float(averaged.mean()),), evidence
-        held = lane_losses(self._model, None, self._passes(HELD_WINDOWS), self._device)
+        held = self._lane_losses(None, HELD_WINDOWS)
         return (float(averaged.mean()), float(held.mean())), evidence
 
     def __str__(self) -> str:
@@ -93,6 +95,10 @@ class Probe:
     def windows(self) -> int:
         """How many windows are measured."""
         return len(self._ids_NS)
+
+    def _lane_losses(self, weights: TrainedWeights | None, windows: int) -> np.ndarray:
+        with precision(self._dtype, self._device):
+            return lane_losses(self._model, weights, self._passes(windows), self._device)
 
     def _passes(self, windows: int) -> Iterator[Chunk]:
         ids_NS = self._ids_NS[:windows]

@@ -407,7 +407,7 @@ def test_evolution_arms_have_one_label_and_all_options():
     assert arm.in_full() == {
         "policy": "pair_mean", "p": "0.05", "payload": "full", "wire": "bf16", "rollback": "inf", "shun": "0",
         "share": "1", "replicas": "0", "lr": "1", "sf_beta": "0.9", "optimizer": "schedulefree", "spread": "1",
-        "corrupt": "0", "diverging": "0", "parted": "0",
+        "corrupt": "0", "diverging": "0", "parted": "0", "minutes": "0",
     }  # fmt: skip
     assert [parse_arm(text, POLICIES).label for text in DEFAULT_ARMS] == list(DEFAULT_ARMS)
 

@@ -261,7 +261,7 @@ def test_race_dropouts_go_on_while_the_highest_is_the_best(best, tried, found):
 def test_race_ours_repeats_and_seeds_differ(halves):
     losses = []
     for seed in (1, 1, 2):
-        contestant = ours.plan(parse_flags(TINY, 0), Setting(0.01, 0.1)).build(halves[0], seed)
+        contestant = ours.plan(parse_flags(f"{TINY} --dtype fp32", 0), Setting(0.01, 0.1)).build(halves[0], seed)
         for _ in range(3):
             contestant.train_step(0.0)
         losses.append(measure(contestant, halves[1]))

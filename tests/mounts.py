@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 
-
 BUSY_SECONDS = 20.0  # in which a rank closes the file that it is writing
 
 

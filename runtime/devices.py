@@ -50,7 +50,7 @@ def device_memory_bytes(device: torch.device) -> int:
 
 def has_fast_bf16() -> bool:
     """Whether this host's processor multiplies matrices faster in bfloat16 than in float32: one with tiles for it
-    (AMX), or AMD's with AVX512_BF16 (Zen 4 and later), whose bfloat16 dot product is as fast as a float32 multiply-add.
+    (AMX), or AMD's with AVX512_BF16 (Zen 4 and later; measured on a Zen 5, docs/performance.md).
 
     Others' bfloat16 instructions may be slower than float32's. torch reaches them through oneDNN.
     """

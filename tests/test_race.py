@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from bench.race import __main__ as race
 from bench.race import ours, rivals
 from bench.race.__main__ import main
-from bench.race.contestant import Plan, Setting, measure, windows
+from bench.race.contestant import Plan, Setting, faster_dtype, measure, windows
 from bench.race.heat import Heat, read_all
 from bench.race.ours import parse_flags
 from bench.race.rivals import RIVALS, count, nearest_width, rate_factor
@@ -256,6 +257,28 @@ def test_race_dropouts_go_on_while_the_highest_is_the_best(best, tried, found):
         return losses[dropout]
 
     assert best_dropout(loss) == found and len(losses) == tried
+
+
+@pytest.mark.parametrize("slow, expected", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_race_dtype_is_the_faster_one(slow, expected):
+    assert faster_dtype(lambda dtype: time.sleep(0.05 if dtype == slow else 0)) == expected
+
+
+@pytest.mark.parametrize("chosen", ["fp32", "bf16"])
+def test_race_ours_trains_in_the_faster_dtype_and_finding_it_leaves_no_trace(halves, monkeypatch, chosen):
+    def choose(train):
+        train("fp32"), train("bf16")
+        return chosen
+
+    monkeypatch.setattr(ours, "faster_dtype", choose)
+    losses = []
+    for flags in (TINY, f"{TINY} --dtype {chosen}"):
+        contestant = ours.plan(parse_flags(flags, 0), Setting(0.01, 0.0)).build(halves[0], 1)
+        assert contestant.told["dtype"] == chosen
+        for _ in range(3):
+            contestant.train_step(0.0)
+        losses.append(measure(contestant, halves[1]))
+    assert losses[0] == losses[1]
 
 
 def test_race_ours_repeats_and_seeds_differ(halves):

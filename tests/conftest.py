@@ -19,8 +19,9 @@ LONGEST = ("test_slurm.py", "test_scan_triton.py")
 
 WORDS = "the quick brown fox jumps over a lazy dog and runs far away from every hungry wolf in this deep forest".split()
 
-# The smallest run that still has layers, lanes, documents and a held-out part.
-TINY = ["--dim", "16", "--depth", "2", "--batch_size", "2", "--chunk_size", "32", "--cpu", "--val_bytes", "512"]
+# The smallest run that still has layers, lanes, documents and a held-out part, in one precision on every processor.
+SIZES = ["--dim", "16", "--depth", "2", "--batch_size", "2", "--chunk_size", "32"]
+TINY = ["--dtype", "fp32", *SIZES, "--cpu", "--val_bytes", "512"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

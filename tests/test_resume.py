@@ -44,8 +44,9 @@ def metrics_rows(run_dir, rank=0) -> list[dict]:
         ["--no_enable_conv", "--dropout", "0.2", "--grad_accum", "2"],
         ["--no_schedulefree", "--ff_mult", "0"],
         ["--document_delimiter", "none"],
+        ["--dtype", "bf16"],
     ],
-    ids=["plain", "one-group", "no-conv-dropout-accum", "adamw", "one-document"],
+    ids=["plain", "one-group", "no-conv-dropout-accum", "adamw", "one-document", "bfloat16"],
 )
 def test_resume_10_and_10_steps_equal_20_bit_for_bit(run_train, flags):
     whole = run_train("whole", "--train_steps", "20", *QUIET, *flags)

@@ -163,7 +163,7 @@ class OptimizerOptions:
 class ComputeOptions:
     """computation"""
 
-    dtype: str = _option("fp32", "of matrix products and what lies between them (weights and gradients are float32): "
+    dtype: str = _option("auto", "of matrix products and what lies between them (weights and gradients are float32): "
                          "bf16, fp32, or auto: bf16 on a GPU that has it and on a CPU with AMX or AMD's AVX512_BF16",
                          choices=("bf16", "fp32", "auto"))  # fmt: skip
     compile: bool = _option(False, "compile the training pass with torch.compile: a slower start, faster steps")

@@ -90,6 +90,7 @@ def flags_of(setting: Setting, arm: Arm, seed: int) -> list[str]:
         "chunk_size": setting.chunk_size, "lr": setting.lr * conditions.lr, "sf_beta": conditions.sf_beta,
         "weight_decay": setting.weight_decay,
         "warmup_steps": setting.warmup_steps, "val_every": 0, "save_every": 10 * setting.steps, "log_every": 1,
+        "dtype": "fp32",  # as the laboratory has it
         "gossip_host": "127.0.0.1", "gossip_heartbeat": 0.5,  # so that ranks know each other soon
     } | _gossip(policy)  # fmt: skip
     words = (word for name, value in values.items() for word in (f"--{name}", str(value)))

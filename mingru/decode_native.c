@@ -94,72 +94,83 @@ static void add(float *restrict x, const float *restrict branch, const float *re
         for (int64_t d = from; d < to; d++) x[n * s->D + d] += branch[n * s->D + d] + (bias ? bias[d] : 0.0f);
 }
 
-/* Four rows at a time: four sums in flight hide the adder's latency, and x is read once for them. */
-static inline void dot4_float(const float *restrict w, int64_t stride, const float *restrict x, int64_t count,
-                              float *restrict sums) {
-    const float *wb = w + stride, *wc = wb + stride, *wd = wc + stride;
-    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t i = 0; i < count; i++) {
-        a += w[i] * x[i];
-        b += wb[i] * x[i];
-        c += wc[i] * x[i];
-        d += wd[i] * x[i];
-    }
-    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+/* Sixteen float32, anywhere in memory; and as many bfloat16. */
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef bf16 Halves __attribute__((vector_size(32), aligned(2), may_alias));
+
+static inline Floats floats_of_float(const float *p) { return *(const Floats *)p; }
+
+static inline Floats floats_of_bf16(const bf16 *p) {
+    return (Floats)(__builtin_convertvector(*(const Halves *)p, Words) << 16);
 }
 
-/* sum plus two neighbours' products: each becomes a float32 in the 32-bit word of both, by a shift and by a mask. */
-static inline float add_pair(float sum, const bf16 *p, float even, float odd) {
-    uint32_t both, first, second;
-    memcpy(&both, p, 4);
-    first = both << 16, second = both & 0xffff0000u;
-    float a, b;
-    memcpy(&a, &first, 4);
-    memcpy(&b, &second, 4);
-    return sum + a * even + b * odd;
+static inline float total(Floats v) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < 16; i++) sum += v[i];
+    return sum;
 }
 
-static inline void dot4_bf16(const bf16 *restrict w, int64_t stride, const float *restrict x, int64_t count,
-                             float *restrict sums) {
-    const bf16 *wb = w + stride, *wc = wb + stride, *wd = wc + stride;
-    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t i = 0; i < count / 2; i++) {
-        float even = x[2 * i], odd = x[2 * i + 1];
-        a = add_pair(a, w + 2 * i, even, odd);
-        b = add_pair(b, wb + 2 * i, even, odd);
-        c = add_pair(c, wc + 2 * i, even, odd);
-        d = add_pair(d, wd + 2 * i, even, odd);
-    }
-    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
-    if (count % 2)
-        for (int64_t i = 0; i < 4; i++) sums[i] += load_bf16(w + i * stride + count - 1) * x[count - 1];
+/* How many rows ahead of their use the weights are fetched: AMD's processors read the lines of a matrix faster when
+   asked for them, where Intel's own guess is better. */
+static int64_t rows_ahead(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") ? 12 : 0;
+#else
+    return 0;
+#endif
 }
+
+/* A tile of a product, R rows by L lanes, K sums in flight of each: out[n * rows + r] = w[r] . x[n]. The weights that
+   lie `ahead` items further on are fetched meanwhile. */
+#define TILE(TYPE, R, L, K)                                                                                            \
+    static inline void tile_##TYPE##_##R##_by_##L(const TYPE *restrict w, const float *restrict x,                     \
+                                                  float *restrict out, int64_t columns, int64_t rows, int64_t ahead) { \
+        Floats sum[R][L][K] = {{{{0}}}};                                                                               \
+        int64_t i = 0;                                                                                                 \
+        for (; i + 16 * K <= columns; i += 16 * K)                                                                     \
+            for (int k = 0; k < K; k++)                                                                                \
+                for (int r = 0; r < R; r++) {                                                                          \
+                    const TYPE *p = w + r * columns + i + 16 * k;                                                      \
+                    __builtin_prefetch(p + ahead);                                                                     \
+                    Floats weights = floats_of_##TYPE(p);                                                              \
+                    for (int n = 0; n < L; n++)                                                                        \
+                        sum[r][n][k] += weights * floats_of_float(x + n * columns + i + 16 * k);                       \
+                }                                                                                                      \
+        for (int n = 0; n < L; n++)                                                                                    \
+            for (int r = 0; r < R; r++) {                                                                              \
+                Floats all = sum[r][n][0];                                                                             \
+                for (int k = 1; k < K; k++) all += sum[r][n][k];                                                       \
+                float rest = 0.0f;                                                                                     \
+                for (int64_t j = i; j < columns; j++) rest += load_##TYPE(w + r * columns + j) * x[n * columns + j];   \
+                out[n * rows + r] = total(all) + rest;                                                                 \
+            }                                                                                                          \
+    }
 
 #define DEFINE(TYPE)                                                                                                   \
-    static inline float dot_##TYPE(const TYPE *restrict w, const float *restrict x, int64_t count) {                   \
-        float sum = 0.0f;                                                                                              \
-        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < count; i++) sum += load_##TYPE(w + i) * x[i];   \
-        return sum;                                                                                                    \
-    }                                                                                                                  \
+    TILE(TYPE, 4, 4, 1)                                                                                                \
+    TILE(TYPE, 4, 1, 2)                                                                                                \
+    TILE(TYPE, 1, 1, 4)                                                                                                \
                                                                                                                        \
-    /* The rows from ... to of out (N, rows) = matrix x; x is (N, columns). */                                         \
+    /* The rows from ... to of out (N, rows) = matrix x; x is (N, columns). A lone lane of float32 is bound by memory, \
+       which likes to be read in one go, row by row; one of bfloat16 reads x once for four rows. */                    \
     static void apply_##TYPE(const void *matrix, const float *x, float *out, int64_t from, int64_t to, int64_t rows,   \
                              int64_t columns, int64_t N) {                                                             \
-        for (int64_t r = from; r < to; r += 4) {                                                                       \
+        int64_t ahead = rows_ahead() * columns, r = from;                                                              \
+        for (; r + 4 <= to && (N > 1 || sizeof(TYPE) == 2); r += 4) {                                                  \
             const TYPE *w = (const TYPE *)matrix + r * columns;                                                        \
-            int64_t here = to - r < 4 ? to - r : 4;                                                                    \
-            for (int64_t n = 0; n < N; n++) {                                                                          \
-                const float *own = x + n * columns;                                                                    \
-                float sums[4];                                                                                         \
-                if (here == 4)                                                                                         \
-                    dot4_##TYPE(w, columns, own, columns, sums);                                                       \
-                else                                                                                                   \
-                    for (int64_t i = 0; i < here; i++) sums[i] = dot_##TYPE(w + i * columns, own, columns);            \
-                for (int64_t i = 0; i < here; i++) out[n * rows + r + i] = sums[i];                                    \
-            }                                                                                                          \
+            int64_t n = 0;                                                                                             \
+            for (; n + 4 <= N; n += 4)                                                                                 \
+                tile_##TYPE##_4_by_4(w, x + n * columns, out + n * rows + r, columns, rows, n ? 0 : ahead);            \
+            for (; n < N; n++)                                                                                         \
+                tile_##TYPE##_4_by_1(w, x + n * columns, out + n * rows + r, columns, rows, n ? 0 : ahead);            \
         }                                                                                                              \
+        for (; r < to; r++)                                                                                            \
+            for (int64_t n = 0; n < N; n++)                                                                            \
+                tile_##TYPE##_1_by_1((const TYPE *)matrix + r * columns, x + n * columns, out + n * rows + r, columns, \
+                                     rows, n ? 0 : ahead);                                                             \
     }                                                                                                                  \
                                                                                                                        \
     /* hidden (layers, N, E) and past (layers, N, K - 1, D) move on by one step; logits (N, V).                        \

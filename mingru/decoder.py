@@ -12,7 +12,7 @@ from mingru.minLM import MinLM, MinLMState
 from mingru.norm import EPSILON
 from runtime.native import load_or_warn
 
-MOST_LANES = 8  # with more, torch's matrix products use the weights better
+MOST_LANES = 16  # with more, torch's matrix products may use the weights better
 _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 

@@ -27,7 +27,7 @@ def make(config, dtype=torch.float32):
     return model
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("lanes", [1, 3, 9])
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 @torch.no_grad()
 def test_steps_equal_the_models_forward(config, lanes):
@@ -43,13 +43,15 @@ def test_steps_equal_the_models_forward(config, lanes):
         torch.testing.assert_close(state.conv, end.conv, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lanes", [1, 3, 9])
+@pytest.mark.parametrize("name", ["conv", "odd sizes"])
 @torch.no_grad()
-def test_steps_with_bfloat16_weights_keep_float32_activations():
+def test_steps_with_bfloat16_weights_keep_float32_activations(name, lanes):
     """Nearer to the same rounded weights in float32 than the model's own bfloat16 pass is."""
-    config = SHAPES["conv"]
-    model, ids_BT = make(config, torch.bfloat16), torch.randint(256, (2, 12))
+    config = SHAPES[name]
+    model, ids_BT = make(config, torch.bfloat16), torch.randint(256, (lanes, 12))
     exact_BTV, _ = make(config, torch.bfloat16).float()(ids_BT)
-    steps, state = Decoder(model), model.initial_state(2)
+    steps, state = Decoder(model), model.initial_state(lanes)
     for t in range(12):
         logits_BV, state = steps.step(ids_BT[:, t], state)
         torch.testing.assert_close(logits_BV, exact_BTV[:, t], rtol=1e-4, atol=1e-5)

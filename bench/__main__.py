@@ -24,8 +24,8 @@ from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.devices import choose_device
 from runtime.errors import UserError
 
-NAMES = ("recurrence", "gru", "training", "chunks", "dropout", "optimizer", "decoding", "exchange", "stall", "registry")
-CPU_ONLY = ("exchange", "stall", "registry")  # nothing in them runs on a GPU
+CPU_ONLY = ("exchange", "stall", "registry", "overhead")  # nothing in them runs on a GPU
+NAMES = ("recurrence", "gru", "training", "chunks", "dropout", "optimizer", "decoding", *CPU_ONLY)
 RESULTS = Path(__file__).parent / "results" / "speed"
 WIDTH = 200  # of a table that goes to a file or a pipe
 

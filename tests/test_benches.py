@@ -33,6 +33,7 @@ EXPECTED = {
                  ("13 MB, merge", "copy of its bytes"), ("a step boundary", "")],
     "stall": [("--dim 16", "none")],
     "registry": [("a beat among 3 ranks, follower", "heartbeat"), ("a beat among 3 ranks, leader", "heartbeat")],
+    "overhead": [("--dim 16 --depth 1: 2 ranks", "alone")],
 }  # fmt: skip
 
 

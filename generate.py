@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mingru.decoder import Decoder
+from mingru.graph_decoder import GraphDecoder
 from mingru.minLM import MinLM, MinLMState
 from mingru.sampling import SamplingOptions, sample
 from runtime.allocator import keep_freed_memory
@@ -156,7 +157,7 @@ def decode(
     delimiter: int | None,
 ) -> Iterator[bytes]:
     """Yield `length` times the next byte of every lane; memory does not grow. generator: a CPU one."""
-    decoder = Decoder(model) if Decoder.fits(model, len(logits_BV)) else None
+    decoder = choose_decoder(model, len(logits_BV))
     for left in range(length - 1, -1, -1):
         ids_B = sample(logits_BV.float().cpu(), options, generator)
         yield bytes(ids_B.tolist())
@@ -165,6 +166,13 @@ def decode(
         elif left:
             logits_B1V, state = advance(model, ids_B.unsqueeze(1), state, delimiter)
             logits_BV = logits_B1V[:, 0]
+
+
+def choose_decoder(model: MinLM, lanes: int) -> Decoder | GraphDecoder | None:
+    """What takes single steps faster than the model's own forward pass on its device; None: nothing does."""
+    if Decoder.fits(model, lanes):
+        return Decoder(model)
+    return GraphDecoder(model, lanes) if GraphDecoder.fits(model) else None
 
 
 def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) -> int:

@@ -69,8 +69,7 @@ class Decoder:
         reset_N (bool): True where a document starts at this token. Raises ValueError for a token that is none.
         """
         config = self._model.config
-        if not (ids_N.dtype == torch.int64 and bool((ids_N >= 0).all() and (ids_N < config.num_tokens).all())):
-            raise ValueError(f"expected int64 tokens from 0 to {config.num_tokens - 1}, got {ids_N}")
+        check_tokens(ids_N, config.num_tokens)
         ids_N = ids_N.contiguous()
         hidden_LNE = state.hidden.to(torch.float32).clone(memory_format=torch.contiguous_format)
         past_LNSD = None
@@ -114,6 +113,12 @@ class Decoder:
         """Address of `tensor` in float32: its own, or a copy's that this decoder keeps."""
         self._kept.append(tensor.detach().float().contiguous())
         return self._kept[-1].data_ptr()
+
+
+def check_tokens(ids_N: Tensor, num_tokens: int) -> None:
+    """Raises ValueError unless all of ids_N, in host memory, are tokens."""
+    if not (ids_N.dtype == torch.int64 and bool((ids_N >= 0).all() and (ids_N < num_tokens).all())):
+        raise ValueError(f"expected int64 tokens from 0 to {num_tokens - 1}, got {ids_N}")
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -12,9 +12,9 @@ from training.schedule_free import FusedAdamWScheduleFree
 SHAPES = ((67, 33), (130,), (1,), (300, 200))
 
 
-def make(kind, dtype=torch.float32, **options):
+def make(kind, dtype=torch.float32, device="cpu", **options):
     torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
+    parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype).to(device)) for shape in SHAPES]
     optimizer = kind(
         [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}],
         **{"lr": 3e-3, "betas": (0.9, 0.99), "warmup_steps": 50, **options},
@@ -30,7 +30,7 @@ def train(parameters, optimizer, steps, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         for number, parameter in enumerate(parameters):
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.grad = (math.cos(step / 100) + 0.5 * noise) * 10.0 ** (2 * number - 3)
         optimizer.step()
 

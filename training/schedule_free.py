@@ -18,7 +18,10 @@ from torch import Tensor
 from runtime.native import load_or_warn
 from runtime.stderr import say
 
-_BLOCK = 1024  # elements of a Triton program
+Trained = tuple[Tensor, Tensor, Tensor, Tensor]  # of one parameter: y (itself), z, v and its gradient
+
+_BLOCK = 2048  # elements of a Triton program
+_ALIGNMENT = 16  # bytes that a Triton program reads at once, and at a multiple of which its tensors begin
 
 
 @functools.cache
@@ -56,18 +59,19 @@ class FusedAdamWScheduleFree(AdamWScheduleFree):
     @torch.no_grad()
     def step(self) -> None:
         """One step over every parameter that has a gradient. Its state ("z", "exp_avg_sq") must exist."""
-        kernel = _kernel([tensor for group in self.param_groups for tensor in self._tensors(group)])
+        groups = [self._trained(group) for group in self.param_groups]
+        kernel = _kernel([tensor for trained in groups for parts in trained for tensor in parts])
         if kernel is None:
             super().step()
             return
-        for group in self.param_groups:
-            self._step_group(group, kernel)
+        for group, trained in zip(self.param_groups, groups, strict=True):
+            self._step_group(group, trained, kernel)
 
-    def _tensors(self, group: dict) -> list[Tensor]:
-        trained = [p for p in group["params"] if p.grad is not None]
-        return [t for p in trained for t in (p, self.state[p]["z"], self.state[p]["exp_avg_sq"], p.grad)]
+    def _trained(self, group: dict) -> list[Trained]:
+        state = self.state
+        return [(p, state[p]["z"], state[p]["exp_avg_sq"], p.grad) for p in group["params"] if p.grad is not None]
 
-    def _step_group(self, group: dict, kernel: Callable) -> None:
+    def _step_group(self, group: dict, trained: list[Trained], kernel: Callable) -> None:
         beta1, beta2 = group["betas"]
         k = group["k"]
         lr = group["lr"] * min(1.0, (k + 1) / group["warmup_steps"] if group["warmup_steps"] else 1.0)
@@ -77,31 +81,49 @@ class FusedAdamWScheduleFree(AdamWScheduleFree):
         pull = weight / weight_sum if weight_sum else 0.0
         group.update(k=k + 1, scheduled_lr=lr, lr_max=lr_max, weight_sum=weight_sum)
 
-        tensors = self._tensors(group)
-        for y, z, v, gradient in zip(*(tensors[part::4] for part in range(4)), strict=True):
-            kernel(
-                y, z, v, gradient, beta2, 1 - beta2, 1 - beta2 ** (k + 1), group["eps"], group["weight_decay"], pull,
-                lr * (1 - beta1 * (1 - pull)), lr,
-            )  # fmt: skip
+        kernel(
+            trained, beta2, 1 - beta2, 1 - beta2 ** (k + 1), group["eps"], group["weight_decay"], pull,
+            lr * (1 - beta1 * (1 - pull)), lr,
+        )  # fmt: skip
 
 
 def _kernel(tensors: Sequence[Tensor]) -> Callable | None:
-    """What updates y, z and v of one parameter, given its gradient too; None: only the library can."""
+    """What updates y, z and v of parameters, given their gradients too; None: only the library can."""
     if not all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors):
         return None
-    devices = {tensor.device.type for tensor in tensors}
-    if devices <= {"cpu"} and kernels() is not None:
-        return step_on_cpu
-    return step_on_gpu if devices == {"cuda"} and triton_step() is not None else None
+    devices = {tensor.device for tensor in tensors}
+    if devices <= {torch.device("cpu")}:
+        return None if kernels() is None else step_on_cpu
+    on_one_gpu = len(devices) == 1 and devices.pop().type == "cuda"
+    aligned = on_one_gpu and all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
+    return step_on_gpu if aligned and triton_step() is not None else None
 
 
-def step_on_cpu(y: Tensor, z: Tensor, v: Tensor, gradient: Tensor, *rates: float) -> None:
-    """One parameter's step by the C kernel, whose order `rates` have."""
-    addresses = (tensor.data_ptr() for tensor in (y, z, v, gradient))
-    kernels().schedule_free_step(*addresses, y.numel(), *rates)
+def step_on_cpu(trained: Sequence[Trained], *rates: float) -> None:
+    """The parameters' step by the C kernel, whose order `rates` have."""
+    step = kernels().schedule_free_step
+    for parts in trained:
+        step(*(tensor.data_ptr() for tensor in parts), parts[0].numel(), *rates)
 
 
-def step_on_gpu(y: Tensor, z: Tensor, v: Tensor, gradient: Tensor, *rates: float) -> None:
-    """The same by the Triton kernel."""
-    with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():  # Triton launches on the current one
-        triton_step()[(-(-y.numel() // _BLOCK),)](y, z, v, gradient, y.numel(), *rates, BLOCK=_BLOCK)
+def step_on_gpu(trained: Sequence[Trained], *rates: float) -> None:
+    """The same by the Triton kernel, in one launch for all of them, on one GPU."""
+    if not trained:
+        return
+    device = trained[0][0].device
+    pin = device.type == "cuda"  # the upload then does not hold up the caller; Triton launches on the current GPU
+    counts = tuple(parts[0].numel() for parts in trained)
+    rows = [number for parts in trained for number in (*(t.data_ptr() for t in parts), parts[0].numel())]
+    tensors = torch.tensor(rows, dtype=torch.int64, pin_memory=pin).to(device, non_blocking=True)
+    blocks = _blocks(counts, device)
+    with torch.cuda.device(device) if pin else contextlib.nullcontext():
+        triton_step()[(len(blocks),)](tensors, blocks, *rates, BLOCK=_BLOCK)
+
+
+@functools.lru_cache(maxsize=8)
+def _blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """What each program does (programs, 2), int32: the number of a tensor, of so many elements, and a block in it."""
+    blocks = torch.tensor([-(-count // _BLOCK) for count in counts])
+    tensor = torch.arange(len(counts)).repeat_interleave(blocks)
+    block = torch.arange(len(tensor)) - (blocks.cumsum(0) - blocks)[tensor]
+    return torch.stack((tensor, block), dim=1).to(device, torch.int32)

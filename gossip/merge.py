@@ -68,7 +68,9 @@ def merge(
                 far, large = _merge_piece(now, theirs, base, share, method == "clonal", done)
             if rule is Rule.WEIGHT:
                 apart, size = apart + far, size + large
+        _wait(live)
         undoing.pop_all()
+    apart, size = float(apart), float(size)
     return math.sqrt(apart / size) if size > 0 else math.inf
 
 
@@ -76,9 +78,10 @@ def merge(
 def swap(live: Mapping[str, Tensor], schema: Schema, other: Mapping[str, Tensor]) -> None:
     """Exchange the contents of `live` and `other`: after a merge, this brings back what it overwrote."""
     for _, now, theirs, _ in _pieces(schema, live, other, None):
-        kept = now.to(theirs.device, copy=True)
-        now.copy_(theirs)
-        theirs.copy_(kept)
+        kept = theirs.to(now.device, non_blocking=True, copy=True)
+        theirs.copy_(now, non_blocking=True)
+        now.copy_(kept)
+    _wait(live)
 
 
 def merge_judged(
@@ -143,18 +146,22 @@ def weight_norm(live: Mapping[str, Tensor], schema: Schema) -> float:
     weights = [live[spec.name] for spec in schema.tensors if spec.rule is Rule.WEIGHT]
     wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in weights]
     norms = [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in zip(weights, wide, strict=True)]
-    return math.hypot(*(float(norm) for norm in norms))
+    return math.hypot(*torch.stack(norms).tolist())
 
 
 def _merge_piece(
     now: Tensor, theirs: Tensor, base: Tensor | None, share: float, whole: bool, done: list[tuple[Tensor, Tensor]]
-) -> tuple[float, float]:
-    """merge_piece() by torch, of any dtypes and devices; in `done` from when `theirs` holds what is overwritten."""
-    arrived = theirs.to(now.device)
-    change = arrived - (now if base is None else base.to(now.device))
+) -> tuple[Tensor, Tensor]:
+    """merge_piece() by torch, of any dtypes and devices; in `done` from when `theirs` holds what is overwritten.
+
+    On a GPU all of it is queued on the current stream, where one copy or kernel follows the other: until _wait() the
+    host's tensors may not be touched.
+    """
+    arrived = theirs.to(now.device, non_blocking=True)
+    change = arrived - (now if base is None else base.to(now.device, non_blocking=True))
     energies = _energy(change), _energy(now)
     arrived = arrived.clone() if whole and arrived is theirs else arrived
-    theirs.copy_(now)
+    theirs.copy_(now, non_blocking=True)
     done.append((now, theirs))
     if whole:
         now.copy_(arrived)
@@ -163,8 +170,15 @@ def _merge_piece(
     return energies
 
 
-def _energy(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))) ** 2
+def _energy(values: Tensor) -> Tensor:
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return torch.linalg.vector_norm(values, dtype=dtype).double().square()
+
+
+def _wait(live: Mapping[str, Tensor]) -> None:
+    """Until a GPU has done all that the current stream was given."""
+    for device in {tensor.device for tensor in live.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _undo(done: list[tuple[Tensor, Tensor]]) -> None:

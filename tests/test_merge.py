@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.injection import Injection
 from gossip import merge as merge_module
@@ -285,6 +286,54 @@ def test_merge_in_c_equals_torchs(method, share_own, monkeypatch):
     assert_same(found[0], expected[0], rtol=exact, atol=exact)
     assert_same(found[1], expected[1])
     assert found[2] == pytest.approx(expected[2], rel=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for, for which a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_by_torch_asks_for_its_distance_once(method, monkeypatch):
+    monkeypatch.setattr(state_native, "kernels", lambda: None)
+    assert len(list(merge_module._pieces(SCHEMA, state(1), state(2), None))) > 10
+    with Reads() as reads:
+        outcome(method, True)
+    assert reads.count == 2  # of what is apart and of the size
+
+
+def test_weight_norm_asks_for_values_once():
+    with Reads() as reads:
+        weight_norm(state(1), SCHEMA)
+    assert reads.count <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("share_own", [True, False], ids=["own snapshot", "no own snapshot"])
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_on_a_gpu_equals_the_one_in_c(method, share_own):
+    """With page-locked buffers, as a rank has them; nothing is under way any more on return."""
+    found, own, peer = ({name: tensor.cuda() for name, tensor in state(seed).items()} for seed in (1, 2, 3))
+    before, buffers = clone(found), [StateBuffer(SCHEMA, pin=True) for _ in range(2)]
+    for buffer, tensors in zip(buffers, (own, peer), strict=True):
+        buffer.copy_from(tensors).synchronize()
+    distance = merge(
+        found, SCHEMA, buffers[1].views, buffers[0].views if share_own else None, method, 0.3
+    )  # fmt: skip
+    overwritten = clone(buffers[1].views)
+    live, views, expected = outcome(method, share_own)
+    assert_same({name: tensor.cpu() for name, tensor in found.items()}, live, rtol=1e-6, atol=1e-6)
+    assert_same(overwritten, views)
+    assert distance == pytest.approx(expected, rel=1e-5)
+    merged = clone(found)
+    swap(found, SCHEMA, buffers[1].views)
+    assert_same({name: tensor.cpu() for name, tensor in merged.items()}, clone(buffers[1].views))
+    assert_same(found, before)
 
 
 def test_merge_distance_is_of_the_weights_alone():

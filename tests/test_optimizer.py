@@ -6,6 +6,7 @@ from schedulefree import AdamWScheduleFree
 from torch import nn
 
 from gossip.state import Rule
+from training import optimizer
 from training.optimizer import build_optimizer
 from training.options import OptimizerOptions
 
@@ -130,3 +131,33 @@ def test_weight_decay_shrinks_matrices_only(schedulefree):
     for name, p in model.named_parameters():
         shrunk = p.detach().abs().sum() < before[name].abs().sum()
         assert bool(shrunk) == (p.ndim > 1), name
+
+
+def excursion_by_hand(weights, model, beta):
+    """In float64, of the two sequences whole."""
+    tensors = weights.tensors()
+    y, z = (torch.cat([tensors[f"{kind}.{name}"].double().view(-1) for name, _ in model.named_parameters()]).cpu()
+            for kind in "yz")  # fmt: skip
+    return float((z - y).norm()) / beta, float(y.norm())
+
+
+@pytest.mark.parametrize("items", [7, 10**6])
+def test_excursion_is_the_same_in_any_pieces(items, monkeypatch):
+    monkeypatch.setattr(optimizer, "PIECE_ITEMS", items)
+    model, options = small_model(), OptimizerOptions(lr=0.01)
+    weights = build_optimizer(model, options)
+    train(model, weights.step, 10)
+    found = weights.excursion(copy.deepcopy(weights.tensors()))
+    assert (found.distance, found.size) == pytest.approx(excursion_by_hand(weights, model, options.sf_beta), rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_excursion_of_a_state_on_the_host_equals_that_on_a_gpu():
+    model, options = small_model().cuda(), OptimizerOptions(lr=0.01)
+    weights = build_optimizer(model, options)
+    for tensor in weights.tensors().values():
+        tensor.add_(torch.rand_like(tensor))
+    expected = pytest.approx(excursion_by_hand(weights, model, options.sf_beta), rel=1e-5)
+    for tensors in (weights.tensors(), {name: tensor.cpu().pin_memory() for name, tensor in weights.tensors().items()}):
+        found = weights.excursion(tensors)
+        assert (found.distance, found.size) == expected

@@ -16,7 +16,8 @@ from gossip.state import Rule
 from training.options import OptimizerOptions
 from training.schedule_free import FusedAdamWScheduleFree
 
-PIECE_ITEMS = 256 * 1024  # compared at a time
+PIECE_ITEMS = 256 * 1024  # compared at a time: they stay in a CPU's cache
+GPU_PIECE_ITEMS = 4 * 1024 * 1024  # on a GPU, where each piece costs launches
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class TrainedWeights(Protocol):
         """averaged(), of a copy of tensors(). Any thread."""
 
     def excursion(self, tensors: Mapping[str, Tensor]) -> Excursion | None:
-        """How far training is from its own average in what tensors() returned, here or elsewhere; None where it has
-        none."""
+        """How far training is from its own average in what tensors() returned, here or elsewhere, on any device; None
+        where it has none."""
 
     def averaged_steps(self, scalars: Mapping[str, float]) -> float:
         """How many steps at the full learning rate are in the average that belongs to what scalars() returned."""
@@ -147,11 +148,14 @@ class ScheduleFreeWeights:
 
     @torch.no_grad()
     def excursion(self, tensors: Mapping[str, Tensor]) -> Excursion:
+        device = next(iter(self._parameters.values())).device
+        items = PIECE_ITEMS if device.type == "cpu" else GPU_PIECE_ITEMS
         distances, sizes = [], []
-        scratch = torch.empty(PIECE_ITEMS, device=tensors[f"y.{next(iter(self._parameters))}"].device)
+        scratch = torch.empty(items, device=device)
         for name in self._parameters:
-            pieces = (tensors[f"{kind}.{name}"].view(-1).split(PIECE_ITEMS) for kind in "yz")
-            for y, z in zip(*pieces, strict=True):
+            pieces = (tensors[f"{kind}.{name}"].view(-1).split(items) for kind in "yz")
+            for pair in zip(*pieces, strict=True):
+                y, z = (piece.to(device, non_blocking=True) for piece in pair)
                 distances.append(torch.linalg.vector_norm(torch.sub(z, y, out=scratch[: len(z)])))
                 sizes.append(torch.linalg.vector_norm(y))
         distance, size = (float(torch.linalg.vector_norm(torch.stack(norms))) for norms in (distances, sizes))

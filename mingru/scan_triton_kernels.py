@@ -89,10 +89,11 @@ def forward(
     carry = tl.zeros([1, BE], tl.float32)
     if HAS_FIRST:
         carry = tl.load(first + lane * E + e, mask=e < E, other=0.0)
-    for earlier in range(0, segment):
-        place = (lane * (segments - 1) + earlier) * E + e
-        decay = tl.load(decays + place, mask=e < E, other=0.0)
-        carry = decay * carry + tl.load(rests + place, mask=e < E, other=0.0)
+    if decays is not None:  # one segment has none before it, and a loop's body is compiled even if it never runs
+        for earlier in range(0, segment):
+            place = (lane * (segments - 1) + earlier) * E + e
+            decay = tl.load(decays + place, mask=e < E, other=0.0)
+            carry = decay * carry + tl.load(rests + place, mask=e < E, other=0.0)
 
     begin = segment * segment_steps
     stop = tl.minimum(begin + segment_steps, T)
@@ -187,10 +188,11 @@ def backward(
     e = (tl.program_id(0) % blocks) * BE + tl.arange(0, BE)[None, :]
     w = tl.arange(0, W)[:, None]
     carry = tl.load(grad_last + lane * E + e, mask=e < E, other=0.0)
-    for later in range(0, segments - 1 - segment):
-        place = (lane * (segments - 1) + segments - 2 - later) * E + e
-        decay = tl.load(decays + place, mask=e < E, other=0.0)
-        carry = decay * carry + tl.load(rests + place, mask=e < E, other=0.0)
+    if decays is not None:
+        for later in range(0, segments - 1 - segment):
+            place = (lane * (segments - 1) + segments - 2 - later) * E + e
+            decay = tl.load(decays + place, mask=e < E, other=0.0)
+            carry = decay * carry + tl.load(rests + place, mask=e < E, other=0.0)
     before_all = tl.zeros([1, BE], tl.float32)
     if HAS_FIRST:
         before_all = tl.load(first + lane * E + e, mask=e < E, other=0.0)

@@ -1,12 +1,9 @@
-"""The Triton kernels: on a GPU when there is one, else under Triton's interpreter; and compiled for GPUs without one.
+"""The recurrence's Triton kernels: on a GPU when there is one, else under Triton's interpreter.
 
 The interpreter runs one program after another and a scan an element at a time: hence the small shapes.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ pytest.importorskip("triton", reason="needs the package triton of requirements-d
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 # warps and rows of an interpreted tile, one of each kind: cut into segments or not, the last one whole or not
 PLANS = {"whole": scan_triton.Plan(1, 128, 8, 2, 16), "segments": scan_triton.Plan(3, 32, 4, 4, 8)}
-ROOT = Path(__file__).parent.parent
 
 
 def on_device(inputs):
@@ -122,41 +118,6 @@ def test_plan_covers_time_and_fills_the_machine(shape, multiprocessors):
     programs = B * -(-E // cut.channels) * cut.segments
     assert programs >= multiprocessors or T < 200
     assert cut.segments == 1 or programs <= scan_triton.RESIDENT * multiprocessors
-
-
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from mingru import scan_triton, scan_triton_kernels
-
-CONSTANTS = {"W": scan_triton.WARPS, "S": scan_triton.ROWS, "HAS_FIRST": True, "HAS_RESET": True}
-INTEGERS = ("T", "E", "segment_steps", "segments")
-STATES = ("first", "last", "decays", "rests", "grad_last", "grad_first")
-for target in (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx90a", 64), GPUTarget("hip", "gfx942", 64)):
-    for name in ("forward", "forward_aggregates", "backward", "backward_aggregates"):
-        kernel = getattr(scan_triton_kernels, name)
-        constants = {key: value for key, value in CONSTANTS.items() if key in kernel.arg_names}
-        constants["BE"] = target.warp_size
-        types = {key: "i32" for key in INTEGERS} | {key: "*fp32" for key in STATES} | {"reset": "*u8"}
-        types |= {key: "constexpr" for key in constants}
-        signature = {key: types.get(key, "*bf16") for key in kernel.arg_names}
-        source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=target, options={"num_warps": scan_triton.WARPS})
-        conversions = compiled.asm["ttgir"].count("convert_layout")
-        print(target.backend, target.arch, name, "cubin" in compiled.asm or "hsaco" in compiled.asm, conversions)
-"""
-
-
-def test_kernels_compile_for_cuda_and_rocm_without_a_gpu(tmp_path):
-    """To machine code, and no row of a tile is moved between threads on its way."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 12
-    assert all(row[3:] == ["True", "0"] for row in rows), done.stdout
 
 
 @needs_gpu

@@ -13,15 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mingru.scan import scan
 from mingru.scan_reference import scan as reference_scan
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
+from training.optimizer import build_optimizer
+from training.options import OptimizerOptions
 
 ROOT = Path(__file__).resolve().parent
 NVIDIA = ("nvidia-smi", "--query-gpu=index,name,driver_version,memory.total,memory.used", "--format=csv,noheader")
 AMD = ("rocm-smi", "--showproductname", "--showdriverversion", "--showmeminfo", "vram", "--csv")
 TOLERANCE = 1e-3  # of a product of 512 terms in float32, for reduced-precision matrix units too
+# (B, T, E): on any GPU the first is run through as a whole, and the second in segments of time.
+SCANS = {"scan": (2, 100, 96), "scan in segments": (2, 1024, 96)}
 LEAST_FREE = 20 * 2**30  # bytes: a checkpoint of a model of 1g parameters is 16 GiB
 MEET_SECONDS = 300
 TINY = (
@@ -101,21 +106,47 @@ def torch_build(kind: str) -> str:
 
 
 def compute(device: torch.device) -> str:
-    """A matrix product and a recurrence on `device`, against float64 on the CPU. Raises ValueError if they differ."""
+    """What training computes on `device`, against float64 on the CPU: a matrix product, the recurrence forward and
+    backward, and a step of the optimizer. Raises ValueError if they differ."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 512, 512, generator=generator).unbind()
-    product = (left.to(device) @ right.to(device)).double().cpu()
-    exact = left.double() @ right.double()
-    wrong = {"product": float((product - exact).abs().max() / exact.abs().max())}
-    projected = torch.randn(2, 256, 128, generator=generator)
-    found = scan(projected.to(device))[0].double().cpu()
-    exact = reference_scan(projected.double(), None, None)[0]
-    wrong["scan"] = float((found - exact).abs().max() / exact.abs().max())
+    wrong = {"product": _error(left.to(device) @ right.to(device), left.double() @ right.double())}
+    for name, (B, T, E) in SCANS.items():
+        projected, grad = torch.randn(B, T, 2 * E, generator=generator), torch.randn(B, T, E, generator=generator)
+        found = _there_and_back(scan, projected.to(device), grad.to(device))
+        exact = _there_and_back(reference_scan, projected.double(), grad.double())
+        wrong[name] = max(map(_error, found, exact))
+    weight, gradient = torch.randn(2, 50, 100, generator=generator).unbind()
+    wrong["optimizer"] = _error(
+        _stepped(weight.to(device), gradient.to(device)), _stepped(weight.double(), gradient.double())
+    )
     for name, error in wrong.items():
         if not error < TOLERANCE:
             raise ValueError(f"expected a {name} right within {TOLERANCE:g}, got an error of {error:.1e}")
     memory = f"{torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB free, " if device.type == "cuda" else ""
     return memory + ", ".join(f"{name} right within {error:.0e}" for name, error in wrong.items())
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double().cpu() - exact).abs().max() / exact.abs().max())
+
+
+def _there_and_back(form: Callable[..., tuple[Tensor, Tensor]], projected: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """h and the gradient of the projection."""
+    projected = projected.detach().requires_grad_()
+    h = form(projected, None, None)[0]
+    h.backward(grad)
+    return h.detach(), projected.grad
+
+
+def _stepped(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The weight after two steps of the optimizer."""
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = build_optimizer(torch.nn.ParameterList([parameter]), OptimizerOptions(lr=0.1, warmup_steps=0))
+    for _ in range(2):
+        parameter.grad = gradient.clone()  # in float64 the library's step changes it
+        optimizer.step()
+    return parameter.detach()
 
 
 def free_space(folder: Path) -> str:

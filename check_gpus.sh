@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Are this machine's GPUs fit to train on? NVIDIA, AMD or none: what is there, with which driver and memory, whether
-# torch's build goes with it, a small matrix product and a scan on each, free disk, and whether two ranks meet here.
+# torch's build goes with it, what training computes on each (a matrix product, the recurrence there and back, a step of
+# the optimizer), free disk, and whether two ranks meet here.
 #
 #     ./check_gpus.sh [--scratch DIR] [--output DIR] [--gossip_host hsn0] [--no_ranks]
 #

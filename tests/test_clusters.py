@@ -9,7 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import check_gpus
+from mingru.scan import scan
 from tests.hosts import network
 from tests.population import TALKS
 from tests.projects import make_project
@@ -150,6 +153,19 @@ def test_check_gpus_where_there_is_none_checks_the_rest(project):
     assert lines[0] == "none: neither nvidia-smi nor rocm-smi is here"
     assert lines[-1] == "ok: no GPU here; training works on the CPU: ./train.local.sh"
     assert re.search(r"^two ranks at 127\.0\.0\.1: they met within \d+ s$", done.stdout, re.MULTILINE)
+
+
+def test_check_gpus_finds_a_wrong_gradient_on_any_device(monkeypatch):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert "scan right within" in check_gpus.compute(device)
+
+    def half(projected, first, reset):
+        h, last = scan(projected, first, reset)
+        return 0.5 * h + 0.5 * h.detach(), last
+
+    monkeypatch.setattr(check_gpus, "scan", half)
+    with pytest.raises(ValueError, match="expected a scan right within"):
+        check_gpus.compute(device)
 
 
 def test_check_gpus_tells_of_a_torch_that_does_not_go_with_the_driver(project):

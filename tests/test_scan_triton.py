@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+import check_gpus
 from mingru import scan_reference, scan_tiled, scan_triton
 from mingru.scan import scan
 from runtime.errors import UserError
@@ -118,6 +119,13 @@ def test_plan_covers_time_and_fills_the_machine(shape, multiprocessors):
     programs = B * -(-E // cut.channels) * cut.segments
     assert programs >= multiprocessors or T < 200
     assert cut.segments == 1 or programs <= scan_triton.RESIDENT * multiprocessors
+
+
+@pytest.mark.parametrize("multiprocessors", [84, 110, 132])
+@pytest.mark.parametrize("warp_size", [32, 64])
+def test_check_gpus_scans_as_a_whole_and_in_segments(multiprocessors, warp_size):
+    whole, segments = (scan_triton.plan(*shape, multiprocessors, warp_size) for shape in check_gpus.SCANS.values())
+    assert whole.segments == 1 and segments.segments > 1
 
 
 @needs_gpu

@@ -2,8 +2,9 @@
 
 Straight from the projection, in float32 whatever the input's type; the backward pass keeps only the inputs and h, and
 computes the gates again. Each program scans its channels tile by tile, in parallel over a tile's steps. Where lanes
-and channels alone make too few programs to fill the machine, time is cut into segments: a first kernel finds what each
-does to the state that comes in, and the second goes through all segments at once.
+and channels alone make too few programs to fill the machine, or leave much of it idle at the end, time is cut into
+segments: a first kernel finds what each does to the state that comes in, and the second goes through all segments at
+once.
 
 Memory traffic as designed, in tensors of N = B T E elements: without segments, forward reads 2 N and writes N, backward
 reads 4 N and writes 2 N, the least possible (resets and the states at the ends aside). Cut into n segments, each pass
@@ -26,6 +27,8 @@ from runtime.stderr import say
 # Warps of a program, and the steps that each scans in registers. More would spill, or leave too few programs a
 # multiprocessor: for sm_90 the compiler gives the backward pass 168 registers a thread, so that three programs fit.
 WARPS, ROWS, RESIDENT = 4, 8, 3
+WHOLE, CUTTING = 9, 4  # tensors of traffic of both passes, and those that segments add if they are many
+WAVES = 8
 
 
 class Plan(NamedTuple):
@@ -60,13 +63,27 @@ def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor
     return (_scan if fits else scan_tiled.scan)(projected_BT2E, prev_hidden_BE, reset_BT)
 
 
+@functools.cache
 def plan(B: int, T: int, E: int, multiprocessors: int, warp_size: int) -> Plan:
-    """A channel for each thread of a warp; and where lanes and channels make too few programs, segments of time."""
-    tile, programs = WARPS * ROWS, B * -(-E // warp_size)
-    # A segment of a few tiles would cost more than it brings.
-    segments = max(1, min(RESIDENT * multiprocessors // programs, T // (4 * tile)))
-    steps = -(-T // (segments * tile)) * tile
-    return Plan(-(-T // steps), steps, warp_size)
+    """A channel for each thread of a warp, and as many segments of time as take the least time, by estimate.
+
+    Programs run in waves of as many as are resident at once, each for as long as its steps and the first tile's loads,
+    which nothing hides, and the last wave takes as long as a full one: 384 programs where 330 are resident take two.
+    Segments fill the last wave, and cost traffic.
+    """
+    tile, programs, resident = WARPS * ROWS, B * -(-E // warp_size), RESIDENT * multiprocessors
+
+    def cut(segments: int) -> Plan:
+        steps = -(-T // (segments * tile)) * tile
+        return Plan(-(-T // steps), steps, warp_size)
+
+    def cost(cut: Plan) -> float:
+        waves = -(-programs * cut.segments // resident)
+        return waves * (cut.steps + tile) * (WHOLE + CUTTING * (1 - 1 / cut.segments))
+
+    # A segment of a few tiles would cost more than it brings; of more waves the last one matters little.
+    most = max(1, min(WAVES * resident // programs, T // (4 * tile)))
+    return min(map(cut, range(1, most + 1)), key=cost)
 
 
 def forward(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:

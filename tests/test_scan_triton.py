@@ -3,6 +3,7 @@
 The interpreter runs one program after another and a scan an element at a time: hence the small shapes.
 """
 
+import math
 import os
 
 import pytest
@@ -118,7 +119,33 @@ def test_plan_covers_time_and_fills_the_machine(shape, multiprocessors):
     assert cut.steps % (cut.warps * cut.rows) == 0
     programs = B * -(-E // cut.channels) * cut.segments
     assert programs >= multiprocessors or T < 200
-    assert cut.segments == 1 or programs <= scan_triton.RESIDENT * multiprocessors
+    assert cut.segments == 1 or filled(programs, multiprocessors) > 0.85
+
+
+def filled(programs, multiprocessors):
+    """The share of the waves' places that are taken."""
+    waves = programs / (scan_triton.RESIDENT * multiprocessors)
+    return waves / math.ceil(waves)
+
+
+def test_plan_cuts_where_a_last_wave_would_be_nearly_empty():
+    """384 programs: on 132 multiprocessors (396 at once) one wave, on 110 (330 at once) a full one and one of 54."""
+    assert scan_triton.plan(8, 2048, 1536, 132, 32).segments == 1
+    cut = scan_triton.plan(8, 2048, 1536, 110, 32)
+    assert cut.segments > 1 and filled(384 * cut.segments, 110) > 0.9
+    waves = math.ceil(384 * cut.segments / 330)
+    assert waves * cut.steps * (1 + 4 / 9) < 2 * 2048  # steps one after another, with the most that cutting costs
+
+
+@pytest.mark.parametrize(("B", "E"), [(64, 1024), (16, 1536), (2, 12288)])
+def test_plan_leaves_whole_what_fills_the_machine(B, E):
+    """Cutting would cost more traffic than the last wave wastes."""
+    assert scan_triton.plan(B, 2048, E, 132, 32).segments == 1
+
+
+def test_plan_fills_one_wave_without_more_segments_than_that_takes():
+    assert scan_triton.plan(1, 2048, 6144, 132, 32).segments == 2
+    assert scan_triton.plan(1, 16384, 2048, 132, 32).segments == 6
 
 
 @pytest.mark.parametrize("multiprocessors", [84, 110, 132])

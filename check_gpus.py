@@ -18,6 +18,7 @@ from torch import Tensor
 from mingru.scan import scan
 from mingru.scan_reference import scan as reference_scan
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
+from runtime.devices import check_triton
 from training.optimizer import build_optimizer
 from training.options import OptimizerOptions
 
@@ -107,7 +108,8 @@ def torch_build(kind: str) -> str:
 
 def compute(device: torch.device) -> str:
     """What training computes on `device`, against float64 on the CPU: a matrix product, the recurrence forward and
-    backward, and a step of the optimizer. Raises ValueError if they differ."""
+    backward, and a step of the optimizer. Raises ValueError if they differ, UserError if kernels cannot be launched."""
+    check_triton(device)
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 512, 512, generator=generator).unbind()
     wrong = {"product": _error(left.to(device) @ right.to(device), left.double() @ right.double())}

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from runtime.arguments import ArgumentParser, as_argument, normalise_flags, run_main
-from runtime.devices import choose_device
+from runtime.devices import check_triton, choose_device
 from runtime.errors import UserError
 from training.checkpoint import build_model
 from training.exported import Model, read_model, refuse_existing, write_model
@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> None:
         raise UserError("expected --model or --average, got both or neither: give one of them")
     refuse_existing(options.output)
     device = choose_device(options.cuda, options.rocm, options.cpu)
+    if options.score is not None:
+        check_triton(device)
 
     def show(model: Model, path: Path) -> None:
         if options.score is not None:

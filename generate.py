@@ -24,7 +24,7 @@ from mingru.minLM import MinLM, MinLMState
 from mingru.sampling import SamplingOptions, sample
 from runtime.allocator import keep_freed_memory
 from runtime.arguments import ArgumentParser, as_argument, normalise_flags, run_main
-from runtime.devices import choose_device
+from runtime.devices import check_triton, choose_device
 from runtime.errors import UserError
 from training.checkpoint import load_for_use
 from training.options import parse_delimiter
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
         options.temperature, options.top_k or None, options.top_p, options.min_p, options.typical_p
     )
     device = choose_device(options.cuda, options.rocm, options.cpu)
+    check_triton(device)
     if device.type == "cpu":
         keep_freed_memory()
     if options.score is None:

@@ -1,6 +1,7 @@
-"""Which device a rank computes on, and how much memory it has."""
+"""Which device a rank computes on, whether kernels can be launched there, and how much memory it has."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import torch
@@ -33,6 +34,26 @@ def choose_device(cuda: bool = False, rocm: bool = False, cpu: bool = False, loc
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def check_triton(device: torch.device) -> None:
+    """Raise UserError where Triton, which launches its kernels through a library that the machine's C compiler builds
+    once, cannot have that: the first training step would end with it. On a CPU, or without Triton, nothing is wanted.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        from triton.runtime import driver
+    except ImportError:  # who runs slower without its kernels says so
+        return
+    try:
+        _ = driver.active.utils
+    except (RuntimeError, AssertionError, ImportError, OSError, subprocess.SubprocessError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"expected a C compiler and Python's headers, by which Triton builds its launcher for {device}, got "
+            f"{reason!r}: install gcc and python3-dev (or python3-devel), or let CC name a compiler"
+        ) from error
 
 
 def device_memory_bytes(device: torch.device) -> int:

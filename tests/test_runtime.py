@@ -1,20 +1,23 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
-from runtime.devices import choose_device, device_memory_bytes
+from runtime.devices import check_triton, choose_device, device_memory_bytes
 from runtime.errors import UserError
 from runtime.files import atomic_write, atomic_writer, replace_symlink, stale_temporaries, temporary_name
 from runtime.ranks import Identity, identity_from_environment
+from training.setup import check_environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -254,6 +257,44 @@ def test_choose_device_refuses_what_is_not_there(accelerators, count, hip, asked
         choose_device(**asked)
 
 
+class BuildingDriver:
+    """A GPU's Triton driver without the GPU: what it needs is built by Triton's own function."""
+
+    @property
+    def utils(self):
+        from triton.runtime.build import compile_module_from_src
+
+        source = '#include <Python.h>\nstatic struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "launches"};\n'
+        return compile_module_from_src(source + "PyMODINIT_FUNC PyInit_launches() { return PyModule_Create(&def); }",
+                                       "launches")  # fmt: skip
+
+
+@pytest.fixture
+def building(monkeypatch, tmp_path):
+    driver = pytest.importorskip("triton.runtime", reason="needs triton of requirements-dev.txt").driver
+    monkeypatch.setattr(driver, "_active", BuildingDriver())
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+
+
+def test_a_gpu_whose_kernels_can_be_launched_is_accepted(building):
+    if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")) or shutil.which("gcc") is None:
+        pytest.skip("needs gcc and Python.h")
+    check_triton(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PATH": ""}, {"CC": "false"}, {"CC": "/absent/gcc"}], ids=["no compiler", "one that fails", "lost"]
+)
+def test_a_gpu_without_what_builds_tritons_launcher_is_refused_in_one_line(building, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"expected a C compiler and Python's headers.* install gcc") as caught:
+        check_environment(torch.device("cuda", 0))
+    assert "\n" not in str(caught.value)
+    check_environment(torch.device("cpu"))
+
+
 def test_device_memory_of_the_cpu_is_within_the_host():
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < device_memory_bytes(torch.device("cpu")) <= host
@@ -262,6 +303,7 @@ def test_device_memory_of_the_cpu_is_within_the_host():
 # A program that takes signals as flags and says so; its input says when to look.
 LISTENER = """
 import sys
+import sysconfig
 from runtime.signals import SignalFlags
 flags = SignalFlags().install()
 print("ready", flush=True)

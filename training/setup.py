@@ -22,6 +22,7 @@ from gossip.state import Rule
 from mingru.minLM import MinLM, ModelConfig
 from mingru.scan import chosen_backend
 from mingru.sizing import parameter_count, resolve_config
+from runtime.devices import check_triton
 from runtime.errors import UserError
 from runtime.ranks import Identity
 from runtime.stderr import say
@@ -273,8 +274,10 @@ def open_listener(options: Options, identity: Identity) -> socket.socket:
 
 
 def check_environment(device: torch.device) -> None:
-    """Raise UserError for a variable that would be found wrong only once a run directory depends on it."""
+    """Raise UserError for a variable, or for a device's missing tools, that would be found wrong only once a run
+    directory depends on it."""
     chosen_backend(device.type)
+    check_triton(device)
     if VARIABLE in os.environ:
         run_secret(None, os.environ)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gossip import state_native
 from gossip.faults import Fault
 from gossip.protocol import VERSION, canonical_json
+from runtime.page_locked import page_locked
 
 ALIGNMENT = 64
 _LARGEST = 1e30
@@ -104,11 +105,12 @@ class Schema:
 class StateBuffer:
     """One flat host buffer of a schema's size: `bytes` for the network, `views` by name for merging.
 
-    pin: page-locked memory, from which a GPU copies without holding up the caller.
+    pin: page-locked memory, to and from which a GPU copies without holding up the caller. Raises UserError where the
+    host cannot lock so much.
     """
 
     def __init__(self, schema: Schema, pin: bool = False) -> None:
-        flat = torch.zeros(schema.nbytes, dtype=torch.uint8, pin_memory=pin)
+        flat = page_locked(schema.nbytes, self) if pin else torch.zeros(schema.nbytes, dtype=torch.uint8)
         assert flat.data_ptr() % ALIGNMENT == 0
         self.schema = schema
         self.bytes = memoryview(flat.numpy())

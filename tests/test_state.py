@@ -9,6 +9,7 @@ from bench.injection import Injection
 from gossip import state_native
 from gossip.faults import Fault
 from gossip.state import ALIGNMENT, Rule, Schema, StateBuffer, payload_fault, weight_energy
+from runtime.errors import UserError
 
 TERMS = {"sf_beta": 0.9, "merge_method": "average"}
 
@@ -75,6 +76,56 @@ def test_state_buffer_of_received_bytes_shows_the_sent_tensors():
     ours.copy_from(tensors)
     theirs.bytes[:] = ours.bytes
     assert all(torch.equal(theirs.views[name], tensor) for name, tensor in tensors.items())
+
+
+class Runtime:
+    """Stands in for a GPU's runtime library: what is registered, in bytes by address."""
+
+    def __init__(self, status=0):
+        self.status, self.registered = status, {}
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.registered[address] = nbytes
+        return self.status
+
+    def cudaHostUnregister(self, address):
+        del self.registered[address]
+        return 0
+
+
+def test_state_buffer_for_a_gpu_locks_its_own_bytes_until_it_goes(monkeypatch):
+    """Not the next power of two, as torch's pinned memory does."""
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    tensors = {"y": torch.randn(5000, 3), "v": torch.rand(9)}
+    schema = schema_of(tensors, ["v"])
+    ours, theirs = StateBuffer(schema, pin=True), StateBuffer(schema, pin=True)
+    ours.copy_from(tensors)
+    assert all(torch.equal(ours.views[name], tensor) for name, tensor in tensors.items())
+    assert runtime.registered == {buffer.views["y"].data_ptr(): schema.nbytes for buffer in (ours, theirs)}
+    kept = theirs.views["y"].data_ptr()
+    del ours
+    assert list(runtime.registered) == [kept]
+
+
+def test_state_buffer_for_a_gpu_that_cannot_be_locked_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(status=2))
+    with pytest.raises(UserError, match="GiB of host memory for a GPU's copies, got its runtime's error 2: choose"):
+        StateBuffer(schema_of({"y": torch.ones(3)}), pin=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_state_buffer_on_a_gpu_is_locked_memory_and_its_copy_is_exact():
+    tensors = {"y": torch.randn(5000, 3), "v": torch.rand(9)}
+    live = {name: tensor.to("cuda") for name, tensor in tensors.items()}
+    buffer = StateBuffer(schema_of(tensors, ["v"]), pin=True)
+    assert all(view.is_pinned() for view in buffer.views.values())
+    buffer.copy_from(live).synchronize()
+    assert all(torch.equal(buffer.views[name], tensor) for name, tensor in tensors.items())
+    live["y"].copy_(-buffer.views["y"], non_blocking=True)
+    assert torch.equal(live["y"].cpu(), -tensors["y"])
+    del buffer, live
+    StateBuffer(schema_of(tensors, ["v"]), pin=True)  # as the first, which is unlocked
 
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

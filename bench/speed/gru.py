@@ -14,8 +14,9 @@ LENGTHS = (128, 512, 2048, 16384)
 
 
 def measure(setting: Setting) -> Iterator[Row]:
-    """By length, in float32 on a CPU and in bfloat16 on a GPU, where nn.GRU is cuDNN's."""
-    width, lanes, dtype = (8 if setting.quick else WIDTH), LANES, torch.bfloat16 if setting.cuda else torch.float32
+    """By length, in float32 on a CPU and in float16 on a GPU, where nn.GRU is cuDNN's or MIOpen's: torch does not lay
+    out its weights for them in bfloat16."""
+    width, lanes, dtype = (8 if setting.quick else WIDTH), LANES, torch.float16 if setting.cuda else torch.float32
     ours = minGRU(width).to(setting.device, dtype)
     theirs = nn.GRU(width, width, batch_first=True).to(setting.device, dtype)
     for length in (16, 64) if setting.quick else LENGTHS:

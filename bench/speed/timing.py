@@ -1,7 +1,8 @@
 """Times of several forms of one piece of work, taken in turn, and the ratios between them.
 
 A shared machine's speed drifts: forms that are timed in turn meet the same drift, and a ratio of two that followed each
-other within one round stands where their milliseconds do not.
+other within one round stands where their milliseconds do not. On a GPU, whose work Python only launches, a turn is as
+many calls as take 20 ms between two waits for the device: of one call alone the launches would be timed.
 """
 
 import gc
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+
+GPU_TURN_SECONDS = 0.02
 
 
 class Spread(NamedTuple):
@@ -82,6 +85,11 @@ class Setting:
         """How many rounds of something that should have `rounds` of them."""
         return 2 if self.quick else min(self.rounds, rounds)
 
+    @property
+    def turn_seconds(self) -> float:
+        """How long a turn is to take at least."""
+        return GPU_TURN_SECONDS if self.cuda and not self.quick else 0.0
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.cuda:
@@ -89,23 +97,23 @@ class Setting:
 
 
 class Turns:
-    """Seconds of each form in each round."""
+    """Seconds of a call of each form in each round."""
 
     def __init__(self, setting: Setting, forms: dict[str, Callable[[], object]], rounds: int) -> None:
         """Run the forms in turn; a first round is not counted."""
         self.seconds: dict[str, list[float]] = {name: [] for name in forms}
+        calls: dict[str, int] = {}
         gc.collect()
         gc.disable()
         try:
             for counted in range(-1, setting.times(rounds)):
                 for name, form in forms.items():
                     setting.tell(f"round {counted + 1} of {setting.times(rounds)}: {name}")
-                    setting.synchronize()
-                    began = time.perf_counter()
-                    form()
-                    setting.synchronize()
-                    if counted >= 0:
-                        self.seconds[name].append(time.perf_counter() - began)
+                    if counted < 0:
+                        _turn(setting, form, 1)  # kernels are compiled
+                        calls[name] = _calls(setting, form)
+                    else:
+                        self.seconds[name].append(_turn(setting, form, calls[name]) / calls[name])
         finally:
             gc.enable()
 
@@ -130,3 +138,21 @@ class Turns:
             case, self.median(ours) * 1e3, "ms", against or limit, self.median(limit) * 1e3,
             self.ratio(limit, ours), goal, "of its speed",
         )  # fmt: skip
+
+
+def _turn(setting: Setting, form: Callable[[], object], calls: int) -> float:
+    """Seconds of so many calls, until the device has done them."""
+    setting.synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        form()
+    setting.synchronize()
+    return time.perf_counter() - began
+
+
+def _calls(setting: Setting, form: Callable[[], object]) -> int:
+    """How many calls make a turn, a power of two."""
+    calls = 1
+    while setting.turn_seconds and _turn(setting, form, calls) < setting.turn_seconds:
+        calls *= 2
+    return calls

@@ -21,8 +21,9 @@ from bench.provenance import provenance
 from bench.speed.timing import Row, Setting
 from runtime.allocator import keep_freed_memory
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
-from runtime.devices import choose_device
+from runtime.devices import check_triton, choose_device
 from runtime.errors import UserError
+from runtime.files import atomic_write
 
 CPU_ONLY = ("exchange", "stall", "registry", "overhead")  # nothing in them runs on a GPU
 NAMES = ("recurrence", "gru", "training", "chunks", "dropout", "optimizer", "decoding", *CPU_ONLY)
@@ -33,26 +34,27 @@ WIDTH = 200  # of a table that goes to a file or a pipe
 def main(arguments: list[str]) -> int:
     """Run the benchmarks that were named, one after another, each into a file of its own."""
     given = parse(arguments)
-    device = choose_device(given.cuda, False, not given.cuda)
-    if not given.cuda:
+    on_gpu = given.cuda or given.rocm
+    device = choose_device(given.cuda, given.rocm, not on_gpu)
+    check_triton(device)
+    if not on_gpu:
         keep_freed_memory()  # as train.py does; the others' forms have it too
     if given.threads:
         torch.set_num_threads(given.threads)
-    names = given.names or [name for name in NAMES if not (given.cuda and name in CPU_ONLY)]
-    if given.cuda and (wrong := sorted(set(names) & set(CPU_ONLY))):
-        raise UserError(f"expected benchmarks of a GPU beside --cuda, got {wrong[0]}: leave it or --cuda out")
+    names = given.names or [name for name in NAMES if not (on_gpu and name in CPU_ONLY)]
+    if on_gpu and (wrong := sorted(set(names) & set(CPU_ONLY))):
+        raise UserError(f"expected benchmarks of a GPU beside --cuda or --rocm, got {wrong[0]}: leave it or that out")
     setting = Setting(device, given.rounds, given.quick, tell if sys.stderr.isatty() else lambda text: None)
     rows: dict[str, list[Row]] = {}
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        busy, own, began = machine_seconds(), own_seconds(), time.monotonic()
-        rows[name] = []
+        meanwhile, rows[name] = Meanwhile(), []
         for row in importlib.import_module(f"bench.speed.{name}").measure(setting):
             rows[name].append(row)
+            write(given.output, name, rows[name], setting, meanwhile, whole=False)
             tell(f"{row.case}: {row.ours:.4g} {row.unit}" + ("" if sys.stderr.isatty() else "\n"))
-        elapsed = time.monotonic() - began
-        others = max(0.0, machine_seconds() - busy - (own_seconds() - own)) / elapsed
-        write(given.output, name, rows[name], setting, elapsed, others)
+        write(given.output, name, rows[name], setting, meanwhile, whole=True)
+        elapsed, others = meanwhile.seconds(), meanwhile.cores_used_by_others()
         print(f"\r\033[K{name}: {elapsed:.0f} s; other processes used {others:.2f} cores", file=sys.stderr, flush=True)
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     console.print(table_of(rows))
@@ -63,7 +65,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises UserError."""
     parser = ArgumentParser(prog="python -m bench", description=__doc__.split("\n", 1)[1])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
-    parser.add_argument("--cuda", action="store_true", help="on the GPU (default: the CPU)")
+    parser.add_argument("--cuda", action="store_true", help="on an NVIDIA GPU (default: the CPU)")
+    parser.add_argument("--rocm", action="store_true", help="on an AMD GPU")
     parser.add_argument("--rounds", type=int, default=15, help="of each comparison, at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch and the C kernels (default: torch's own number)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: shows only that it runs")
@@ -90,16 +93,33 @@ def table_of(rows: dict[str, list[Row]]) -> Table:
     return table
 
 
-def write(folder: Path, name: str, rows: list[Row], setting: Setting, seconds: float, others: float) -> None:
-    """One benchmark's figures as JSON. others: cores that other processes kept busy meanwhile."""
+class Meanwhile:
+    """What has happened on this machine since this was made."""
+
+    def __init__(self) -> None:
+        self._began, self._machine, self._own = time.monotonic(), machine_seconds(), own_seconds()
+
+    def seconds(self) -> float:
+        """That have passed."""
+        return time.monotonic() - self._began
+
+    def cores_used_by_others(self) -> float:
+        """Kept busy by other processes, on average."""
+        others = machine_seconds() - self._machine - (own_seconds() - self._own)
+        return max(0.0, others) / self.seconds()
+
+
+def write(folder: Path, name: str, rows: list[Row], setting: Setting, meanwhile: Meanwhile, whole: bool) -> None:
+    """One benchmark's figures so far as JSON. whole: there are no more to come."""
     content = provenance("bench") | {
         "device": str(setting.device),
         "threads": torch.get_num_threads(),
         "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
         "rounds": setting.rounds,
         "quick": setting.quick,
-        "seconds": round(seconds, 1),
-        "cores_used_by_others": round(others, 3),
+        "whole": whole,
+        "seconds": round(meanwhile.seconds(), 1),
+        "cores_used_by_others": round(meanwhile.cores_used_by_others(), 3),
         "rows": [
             {
                 "case": row.case, "ours": row.ours, "unit": row.unit, "against": row.against, "theirs": row.theirs,
@@ -110,8 +130,8 @@ def write(folder: Path, name: str, rows: list[Row], setting: Setting, seconds: f
         ],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}{'_cuda' if setting.cuda else ''}.json"
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    suffix = ("_rocm" if torch.version.hip else "_cuda") if setting.cuda else ""
+    atomic_write(folder / f"{name}{suffix}.json", json.dumps(content, indent=2) + "\n")
 
 
 def tell(text: str) -> None:

@@ -111,15 +111,20 @@ def _on_gpu(setting: Setting) -> Iterator[Row]:
     }
     for name, make in peers.items():
         torch.cuda.empty_cache()
-        peer_lanes = _most_lanes(make, setting)
-        step = make(peer_lanes)
-        seconds = Turns(setting, {name: step}, rounds=9)
-        rate = peer_lanes * length / seconds.median(name)
-        del step
-        yield Row(
-            f"{case} against B{peer_lanes}", rates.median, "bytes/s", name, rate, Spread(*(r / rate for r in rates)),
-            Goal(">=", 1),
-        )  # fmt: skip
+        yield _against(case, rates, name, make, length, setting)
+
+
+def _against(case: str, rates: Spread, name: str, make: Callable, length: int, setting: Setting) -> Row:
+    """Our rates, in bytes a second, beside a peer's at its own largest batch, if it can train at all."""
+    try:
+        lanes = _most_lanes(make, setting)
+        rate = lanes * length / Turns(setting, {name: make(lanes)}, rounds=9).median(name)
+    except torch.OutOfMemoryError:
+        return Row(case, rates.median, "bytes/s", f"{name}: out of memory with one lane")
+    return Row(
+        f"{case} against B{lanes}", rates.median, "bytes/s", name, rate, Spread(*(r / rate for r in rates)),
+        Goal(">=", 1),
+    )  # fmt: skip
 
 
 def _most_lanes(make: Callable[[int], Callable[[], None]], setting: Setting) -> int:

@@ -50,7 +50,7 @@ from training.metrics import MetricsFile, Progress, RunLog
 from training.objections import Objections
 from training.optimizer import build_optimizer
 from training.options import parse_arguments
-from training.probe import Probe, split_probe
+from training.probe import LEAST_HELD_OUT, Probe, split_probe
 from training.recovery import TrainingDiverged
 from training.resume import restore
 from training.retention import RetentionPolicy, disk_use, remove_leftovers, retire_later, tidy
@@ -166,7 +166,8 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         trainer.event("metrics_failed", f"rows of steps to be done again stay: {error.strerror or error}")
     log.line(
         f"rank {identity.rank} of {identity.world_size} ({identity.source}) on {device}: {parameters:,} parameters "
-        f"(dim {config.dim}, depth {config.depth}), {memory}; {len(training_region):,} bytes to train on"
+        f"(dim {config.dim}, depth {config.depth}), {memory}; {len(training_region):,} bytes to train on, "
+        f"{len(held_out) if held_out is not None else 0:,} to validate on"
         + (f"; resumed {resumed.file.path.name}" if resumed else ""),
         echo=is_first,
     )
@@ -175,8 +176,12 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         echo=is_first,
     )
     shares = ", ".join(f"{name} {value:.4g}" for name, value in heredity.values.items())
+    whence = ""
+    if probe_region.overlaps(training_region):
+        whence = f" of the training bytes' end: fewer than {LEAST_HELD_OUT:,} are held out"
     log.line(
-        f"{fitness.probe}, about {probe_share:.1%} of training's work" + (f"; evolves {shares}" if shares else ""),
+        f"{fitness.probe}{whence}, about {probe_share:.1%} of training's work"
+        + (f"; evolves {shares}" if shares else ""),
         echo=is_first,
     )
     mfu = "no MFU: its peak is unknown" if peak_flops(device, dtype) is None else "MFU beside the rate"

@@ -77,6 +77,17 @@ def test_split_without_documents_cuts_at_the_fraction(tmp_path):
     assert corpus_of(tmp_path, b"x").split(0)[1] is None
 
 
+@pytest.mark.parametrize(
+    ("document_bytes", "held_out_bytes"), [(100, 50_000), (20_000, 40_000), (24_000, 40_000), (999_949, 50_000)]
+)
+def test_split_holds_out_at_least_half_of_what_was_asked_for(tmp_path, document_bytes, held_out_bytes):
+    document = b"x" * (document_bytes - 1) + b"\x1e"
+    corpus = corpus_of(tmp_path, (document * (1_000_000 // document_bytes + 1))[:1_000_000])
+    training, held_out = corpus.split(0.05)
+    assert len(training) + len(held_out) == len(corpus)
+    assert held_out_bytes - 100 <= len(held_out) <= held_out_bytes + 1  # it ends with an added delimiter
+
+
 def test_lanes_lose_no_byte_and_no_target_between_chunks(tmp_path):
     content = bytes(np.random.default_rng(0).integers(32, 127, 997, dtype=np.uint8)) + b"\x1e"
     region = whole(corpus_of(tmp_path, content))

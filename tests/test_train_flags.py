@@ -101,6 +101,26 @@ def test_val_data_replaces_the_tail_of_the_data(run_train, tmp_path):
     assert none["val_loss"] == "NA"
 
 
+@pytest.mark.parametrize(
+    ("flags", "sizes", "probed"),
+    [
+        (["--val_fraction", "0.5"], (0.5, 0.375), ""),
+        (["--val_fraction", "0.05"], (0.95, 0.05), " of the training bytes' end: fewer than 8,196 are held out"),
+        (["--val_fraction", "0"], (1, 0), " of the training bytes' end: fewer than 8,196 are held out"),
+        (["--val_data", "other.txt"], (1, 0.75), ""),
+    ],
+    ids=["half", "few", "none", "other data"],
+)
+def test_the_log_tells_how_much_is_held_out_and_what_the_probe_is_of(run_train, text, tmp_path, flags, sizes, probed):
+    (tmp_path / "other.txt").write_bytes(text.read_bytes())
+    run_train("run", "--train_steps", "1", *flags, *QUIET)
+    log = (tmp_path / "logs" / "train_run_rank_0000.log").read_text()
+    told = re.search(r"; ([\d,]+) bytes to train on, ([\d,]+) to validate on$", log, re.MULTILINE).groups()
+    size = text.stat().st_size
+    assert [int(number.replace(",", "")) / size for number in told] == pytest.approx(sizes, abs=0.03)
+    assert re.search(rf"probe: \d+ windows of 256 bytes{probed}, about", log)
+
+
 def test_document_delimiter_sets_where_documents_end(run_train):
     flags = ["--train_steps", "10", "--log_every", "10"]
     spaces = metrics_rows(run_train("spaces", "--document_delimiter", "20", *flags))

@@ -83,14 +83,15 @@ class Corpus:
         return out
 
     def split(self, val_fraction: float) -> tuple["Region", "Region | None"]:
-        """The training and the held-out part; the cut is moved to the next document within 1 MiB, if there is one."""
+        """The training and the held-out part; the cut is moved to the next document within 1 MiB, if there is one that
+        leaves at least half of what was to be held out."""
         if val_fraction == 0:
             return Region(self, 0, len(self)), None
         cut = int(len(self) * (1 - val_fraction))
         if self.delimiter is not None:
-            window = self.read(cut, min(cut + _SPLIT_SEARCH_BYTES, len(self)))
+            window = self.read(cut, cut + min(_SPLIT_SEARCH_BYTES, (len(self) - cut) // 2))
             ends = np.flatnonzero(window == self.delimiter)
-            if len(ends) and cut + ends[0] + 1 < len(self):
+            if len(ends):
                 cut += int(ends[0]) + 1
         return Region(self, 0, cut), Region(self, cut, len(self))
 
@@ -105,6 +106,10 @@ class Region:
 
     def __len__(self) -> int:
         return self.end - self.begin
+
+    def overlaps(self, other: "Region") -> bool:
+        """Whether the two have bytes in common."""
+        return self.corpus is other.corpus and self.begin < other.end and other.begin < self.end
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Bytes [begin, end), counted from the region's start."""

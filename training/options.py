@@ -112,7 +112,8 @@ class DataOptions:
     val_data: list[str] = _option([], "files, folders or globs to validate on (default: the tail of --data)",
                                   os.path.abspath, many=True, fixed=True)  # fmt: skip
     val_fraction: float = _option(
-        0.05, "share of --data, at its end, held out for validation when there is no --val_data",
+        0.05, "share of --data, at its end, held out for validation and the probe when there is no --val_data; less, "
+        "down to half of it, where a document's end is near",
         _real(0, 1, below=True), fixed=True,
     )  # fmt: skip
     val_bytes: int = _option(64 * 1024, "most bytes that one validation reads, from the start of the held-out data",
@@ -205,7 +206,8 @@ class PopulationOptions:
         "interpolate", "after a merge, second moments that came along are interpolated, or the optimizer starts afresh",
         choices=("reset", "interpolate"),
     )  # fmt: skip
-    gossip_fitness: str = _option("probe", "compare ranks by the probe, held-out windows that are the same for all, or "
+    gossip_fitness: str = _option("probe", "compare ranks by the probe, held-out windows that are the same for all (of "
+                                  "the training bytes' end where fewer than 8,196 are held out), or "
                                   "by ema, a moving average of the training loss", choices=FITNESS_KINDS)  # fmt: skip
     gossip_tie: str = _option("average", "where the probe shows no clear winner both take the mean, or nothing moves",
                               choices=TIES)  # fmt: skip

@@ -20,6 +20,7 @@ LEAST_WINDOWS = 8  # fewer are little evidence, whatever the budget is
 HELD_WINDOWS = 4  # the first ones, on which the weights that training holds are measured, where it averages
 _FORWARD_SHARE = 1 / 3  # of a training step, that a pass without gradients costs
 _HELD_OUT_SHARE = 4  # at most one part in so many of the held-out bytes is the probe's
+LEAST_HELD_OUT = _HELD_OUT_SHARE * (LEAST_WINDOWS * WINDOW_BYTES + 1)  # bytes; of fewer none are the probe's
 _DIGITS = 5  # of a loss that travels: 1e-5 nats
 
 
@@ -30,7 +31,7 @@ def split_probe(training: Region, held_out: Region | None) -> tuple[Region, Regi
     Where the held-out bytes are too few for it the probe looks at the end of the training bytes instead.
     """
     most = PROBE_WINDOWS_LIMIT * WINDOW_BYTES + 1
-    if held_out is not None and len(held_out) // _HELD_OUT_SHARE > LEAST_WINDOWS * WINDOW_BYTES:
+    if held_out is not None and len(held_out) >= LEAST_HELD_OUT:
         cut = held_out.end - min(len(held_out) // _HELD_OUT_SHARE, most)
         return Region(held_out.corpus, cut, held_out.end), Region(held_out.corpus, held_out.begin, cut)
     return Region(training.corpus, training.end - min(len(training), most), training.end), held_out

@@ -35,7 +35,7 @@ def test_config_json_holds_what_is_needed_to_repeat_the_run(run_train):
 
 
 def test_params_builds_a_model_of_that_size(text, run_train, tmp_path):
-    flags = [*TINY[4:], "--data", str(text), "--output", "run", "--train_steps", "1", "--params", "1m", *QUIET]
+    flags = [*TINY[6:], "--data", str(text), "--output", "run", "--train_steps", "1", "--params", "1m", *QUIET]
     assert train.main(flags) == 0
     assert config(tmp_path / "run")["parameters"] == pytest.approx(1024**2, rel=0.01)
 
@@ -227,7 +227,7 @@ def test_a_mistake_is_one_line_and_leaves_no_run_behind(run_train, tmp_path, tex
     flags, message = MISTAKES[mistake]
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("x" * 31)
-    base = TINY[4:] if "--params" in flags else TINY  # without --dim and --depth
+    base = TINY[6:] if "--params" in flags else TINY  # without --dim and --depth
     with pytest.raises(UserError, match=message) as caught:
         train.main([*base, "--data", str(text), "--output", "run", *flags])
     assert "\n" not in str(caught.value)

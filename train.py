@@ -89,6 +89,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     resumed = setup.read_resumed(run, identity) if goes_on else None
     config = setup.choose_model(options, given, resumed)
     setup.resolve_model(options, config)
+    probe_share = setup.resolve_probe(options)
     parameters = parameter_count(config)
     memory = estimate_memory(parameters, options.population.gossip_payload)
     check_memory(memory, device, max(1, identity.local_world_size))
@@ -124,11 +125,10 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     def tidy_run() -> None:
         tidy(run.path, policy, archive_dice)
 
-    windows, probe_share = setup.probe_windows(options)
     fitness = Fitness(
         options.population.gossip_fitness, FitnessTracker(options.population.gossip_fitness_decay),
         Probe(
-            model, weights, probe_region, windows,
+            model, weights, probe_region, options.population.probe_windows,
             options.data.batch_size * options.data.chunk_size, device, dtype,
         ),
         options.population.probe_every,

@@ -100,14 +100,14 @@ def test_fitness_of_what_is_not_finite_is_unknown(loss):
 
 
 def test_fitness_goes_on_with_the_evidence_of_a_checkpoint_of_the_same_probe():
-    fitness = fitness_of(3.0)
-    fitness.measure_if_due(0)
+    fitness = fitness_of(2.0, 3.0)
+    assert measured_steps(fitness, range(2)) == [0, 1]
     state = fitness.state_dict()
     same, other = fitness_of(4.0), fitness_of(4.0)
     other.probe.id = "cd" * 16
-    for resumed, expected in ((same, 3.0), (other, 4.0)):
+    for resumed, expected, best in ((same, 3.0, 2.0), (other, 4.0, 4.0)):
         resumed.load_state_dict(state)
-        resumed.measure_if_due(0)
-        assert resumed.value == expected and resumed.best == 3.0
+        resumed.measure_if_due(1)
+        assert resumed.value == expected and resumed.best == best
     same.probe.losses = [5.0]
-    assert measured_steps(same, range(1, 2)) == [1]
+    assert measured_steps(same, range(2, 3)) == [2]

@@ -82,7 +82,9 @@ def test_resolve_options_round_trips_through_its_dict():
     assert resolve_options({}, options.to_dict()) == options
 
 
-@pytest.mark.parametrize("flag", ["dim", "depth", "params", "seed", "sf_beta", "expansion_factor"])
+@pytest.mark.parametrize(
+    "flag", ["dim", "depth", "params", "seed", "sf_beta", "expansion_factor", "gossip_fitness", "probe_budget"]
+)
 def test_resolve_options_refuses_to_change_what_is_fixed_beside_resume(flag):
     stored = resolve_options({flag: 0.5 if flag == "sf_beta" else 2}).to_dict()
     assert resolve_options({flag: 0.5 if flag == "sf_beta" else 2}, stored)  # the same value is no change

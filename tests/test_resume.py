@@ -1,6 +1,7 @@
 """Going on exactly where a run stopped, and what may and may not change on the way."""
 
 import json
+import re
 import time
 
 import pytest
@@ -103,9 +104,27 @@ def test_resume_takes_new_rates_batch_and_chunk_sizes(run_train):
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch_size", "64", "--chunk_size", "512", "--grad_accum", "2"],
+        ["--probe_every", "100000", "--gossip_mixing_rate", "0"],
+    ],
+    ids=["larger steps", "longer intervals"],
+)
+def test_resume_keeps_the_probe_so_that_losses_in_names_compare(run_train, flags):
+    run_dir = run_train("run", "--train_steps", "10", *QUIET)
+    train.main(["--resume", "run", "--train_steps", "11", *flags])
+    log = (run_dir.parent / "logs" / "train_run_rank_0000.log").read_text()
+    assert re.findall(r"probe: (\d+) windows", log) == ["8", "8"]
+    options = json.loads((run_dir / "config.json").read_text())["options"]
+    assert options["population"]["probe_windows"] == 8
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--dim", "32"], "--dim"),
+        (["--gossip_fitness", "ema"], "--gossip_fitness"),
         (["--seed", "7"], "--seed"),
         (["--no_schedulefree"], "--schedulefree"),
         (["--data", __file__], "--data"),

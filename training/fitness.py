@@ -54,7 +54,7 @@ class Fitness:
 
     @property
     def best(self) -> float | None:
-        """The lowest fitness ever known."""
+        """The lowest fitness known by this measure."""
         return self.tracker.best if self.kind == "ema" else self._best
 
     def judge(self) -> Losses:
@@ -104,10 +104,12 @@ class Fitness:
         return state | {"evidence": evidence, "known": known, "measured_at": self._measured_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where state_dict() was taken; a probe of other bytes or another size is measured again."""
+        """Continue where state_dict() was taken. What another probe said, of other bytes or another size, is no measure
+        of this one's losses: they are measured again, and the lowest anew."""
         self.tracker.load_state_dict(state["tracker"])
-        self._best, self._measured_at = state["best"], state["measured_at"]
+        self._measured_at = state["measured_at"]
         if self.kind == "probe" and state["evidence"] is not None:
             probe, losses = state["evidence"]
             if probe == self.probe.id and len(losses) == self.probe.windows:
+                self._best = state["best"]
                 self._evidence, self._known = Evidence(probe, tuple(losses)), tuple(state["known"])

@@ -1,7 +1,8 @@
 """Every option of a run: dataclasses that become grouped flags, and config.json.
 
 An option lives beside what it configures; its field's metadata holds the help text, the parser of its value and
-whether it is fixed for the life of a run (refused beside --resume when it differs).
+whether it is fixed for the life of a run (refused beside --resume when it differs). One that is derived from others
+when a run begins, and then stays, has no flag.
 """
 
 import argparse
@@ -208,7 +209,8 @@ class PopulationOptions:
     )  # fmt: skip
     gossip_fitness: str = _option("probe", "compare ranks by the probe, held-out windows that are the same for all (of "
                                   "the training bytes' end where fewer than 8,196 are held out), or "
-                                  "by ema, a moving average of the training loss", choices=FITNESS_KINDS)  # fmt: skip
+                                  "by ema, a moving average of the training loss", choices=FITNESS_KINDS,
+                                  fixed=True)  # fmt: skip
     gossip_tie: str = _option("average", "where the probe shows no clear winner both take the mean, or nothing moves",
                               choices=TIES)  # fmt: skip
     gossip_significance: float = _option(0.05, "chance that a winner by the probe is none; 0: nobody ever wins",
@@ -217,8 +219,9 @@ class PopulationOptions:
                                          _NOT_NEGATIVE)  # fmt: skip
     probe_every: int = _option(50, "steps between measurements of the probe, at most; fewer at a rank's beginning",
                                _whole(1))  # fmt: skip
-    probe_budget: float = _option(0.02, "share of training's work for the probe, from which its size follows (at least "
-                                  "8 windows of 256 bytes)", _FRACTION)  # fmt: skip
+    probe_budget: float = _option(0.02, "share of training's work for the probe, from which its size follows when a "
+                                  "run begins (at least 8 windows of 256 bytes)", _FRACTION, fixed=True)  # fmt: skip
+    probe_windows: int | None = _option(None, "windows of the probe, of 256 bytes", derived=True)
     gossip_payload: str = _option("weights", "send weights alone, or with the optimizer's second moments",
                                   choices=PAYLOADS)  # fmt: skip
     gossip_wire_dtype: str = _option("bf16", "how numbers travel: rounded to bf16; fp32 as they are; int4 as "
@@ -282,7 +285,8 @@ def parse_arguments(argv: Sequence[str], description: str) -> dict[str, Any]:
     for group_field in dataclasses.fields(Options):
         group = parser.add_argument_group(group_field.default_factory.__doc__)
         for option in dataclasses.fields(group_field.default_factory):
-            _add_flag(group, option)
+            if not option.metadata.get("derived"):
+                _add_flag(group, option)
     return vars(parser.parse_args(normalise_flags(argv)))
 
 

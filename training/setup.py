@@ -251,15 +251,21 @@ def gossip_state(options: Options, weights: TrainedWeights) -> dict[str, torch.T
     return {k: v for k, v in weights.tensors().items() if whole or weights.rules[k] is not Rule.SECOND_MOMENT}
 
 
-def probe_windows(options: Options) -> tuple[int, float]:
-    """Windows of the probe that --probe_budget allows, with one measurement every --probe_every steps and one at each
-    expected merge, a rank calling, and being called, with --gossip_mixing_rate; and the share of training's work that
-    they take."""
+def resolve_probe(options: Options) -> float:
+    """Write the probe's windows into the options, unless the run that goes on has brought them along: losses of other
+    windows do not compare, nor would its checkpoints. As many as --probe_budget allows, with one measurement every
+    --probe_every steps and one at each expected merge, a rank calling, and being called, with --gossip_mixing_rate.
+
+    Returns the share of training's work that they take.
+    """
     population, optimizer, data = options.population, options.optimizer, options.data
     step_bytes = data.batch_size * data.chunk_size * optimizer.grad_accum
     interval = 1 / (1 / population.probe_every + 2 * population.gossip_mixing_rate)
-    windows = affordable_windows(step_bytes, interval, population.probe_budget, optimizer.schedulefree)
-    return windows, probe_cost(windows, step_bytes, interval, optimizer.schedulefree)
+    if population.probe_windows is None:
+        population.probe_windows = affordable_windows(
+            step_bytes, interval, population.probe_budget, optimizer.schedulefree
+        )
+    return probe_cost(population.probe_windows, step_bytes, interval, optimizer.schedulefree)
 
 
 def _listed(texts: list[str]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """One conversation between two authenticated peers: compare, decide, stream, verify.
 
     both        HELLO          the answerer says BUSY instead while it talks to another
-    both        DECISION       each from both HELLOs; they must be equal
+    both        DECISION       each from both HELLOs; they must agree
     both        sketch, END    where weights travel as remainders: a few samples, which tell how far apart they are
     sender      SNAPSHOT, raw payload, END with the payload's digest
     receiver    RECEIPT        after digest and values were checked
@@ -91,7 +91,7 @@ async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
     decision = decide(*((mine, theirs) if initiator else (theirs, mine)), party.policy)
     await channel.send(decision)
     answer = await channel.receive(Decision)
-    if answer != decision:
+    if not answer.agrees(decision):
         raise ProtocolError(Fault.DECISION_DIFFERS, f"{decision.flow.value} here, {answer.flow.value} there")
 
     sends = decision.flow in (Flow.BOTH, Flow.INITIATOR_SENDS if initiator else Flow.RESPONDER_SENDS)

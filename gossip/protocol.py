@@ -96,9 +96,10 @@ class Hello:
 
 @dataclass(frozen=True)
 class Decision:
-    """What both ends concluded from the two HELLOs; they must agree on it to the letter.
+    """What both ends concluded from the two HELLOs; they must agree on it.
 
-    whole: a receiver takes the snapshot as it is, with the optimizer's scalars, whatever the merge method.
+    whole: a receiver takes the snapshot as it is, with the optimizer's scalars, whatever the merge method; reason: for
+    people, with numbers that another processor may have rounded otherwise.
     """
 
     flow: Flow
@@ -111,6 +112,10 @@ class Decision:
         _require(isinstance(self.flow, Flow), "flow", "a flow", self.flow)
         _require_text("reason", self.reason, limit=200)
         _require_truth("whole", self.whole)
+
+    def agrees(self, other: "Decision") -> bool:
+        """Whether the same is to be done, for whatever reason."""
+        return (self.flow, self.whole) == (other.flow, other.whole)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 
+import gossip.comparison
 import gossip.exchange
 from bench.injection import Injection
 from gossip.decision import Policy
@@ -116,6 +117,24 @@ def test_converse_brings_the_fitter_ones_state_to_the_other(method, winner):
     assert unfit.received.step == 6 and unfit.received.scalars == {"k": 2.0} and fit.received is None
     assert fit.won and not unfit.won and fit.decision == unfit.decision
     assert parties[1].asked == (0 if method == "clonal" else 1) and (unfit.own is None) == (method == "clonal")
+
+
+def test_converse_goes_on_where_rounding_makes_the_chances_of_a_clear_winner_differ(monkeypatch):
+    chance, asked = gossip.comparison.two_sided_p, []
+
+    def rounded(t, freedom):  # as another processor's sine and cosine do
+        asked.append(chance(t, freedom) + len(asked) * 1.1e-16)
+        return asked[-1]
+
+    monkeypatch.setattr(gossip.comparison, "two_sided_p", rounded)
+    losses = [tuple(loss + window / 10 for window in range(64)) for loss in (1.0, 2.0)]
+    losses[1] = (*losses[1][:-1], 8.0)
+    parties = [Party(rank, 1.0, 11.0 + rank, probe="5a" * 16, losses=losses[rank]) for rank in range(2)]
+    for party in parties:
+        party.policy = Policy(fitness="probe")
+    ours, theirs = talk(*parties)
+    assert asked[0] != asked[1] and ours.decision.reason != theirs.decision.reason
+    assert ours.won and received(parties[1], 11.0) and theirs.received
 
 
 def nearly(party, value, distance):

@@ -35,12 +35,13 @@ from runtime.allocator import gather_in_huge_pages, keep_freed_memory
 from runtime.arguments import run_main
 from runtime.devices import choose_device
 from runtime.errors import UserError
+from runtime.exhaustion import as_memory_error
 from runtime.files import set_aside
 from runtime.ranks import Identity, identity_from_environment
 from runtime.stderr import say
 from training import setup
 from training.checkpoint import build_model, checkpoint_bytes
-from training.checkpoint_writer import CheckpointWriter
+from training.checkpoint_writer import NO_MEMORY, CheckpointWriter
 from training.computation import check_compiler, choose_dtype, peak_flops
 from training.data import LaneReader
 from training.fitness import Fitness
@@ -64,7 +65,12 @@ def main(arguments: list[str], signals: SignalFlags | None = None) -> int:
     if identity.launcher is not None:
         signals.follow(identity.launcher)
     try:
-        return run_rank(given, identity, signals)
+        with as_memory_error():
+            return run_rank(given, identity, signals)
+    except MemoryError as error:
+        said = str(error) or NO_MEMORY
+        say(f"error: rank {identity.rank}: {said}: lower --batch_size, --chunk_size or --params")
+        return 1
     except UserError as error:
         if not identity.restarts or isinstance(error, RankReplaced):
             raise
@@ -101,9 +107,16 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         rank=identity.rank, world_size=identity.world_size, seed=options.optimizer.seed,
         groups=options.data.lane_groups,
     )  # fmt: skip
-    model = build_model(config, setup.initial_weights(options, config, resumed), device)
+    try:
+        with as_memory_error():
+            model = build_model(config, setup.initial_weights(options, config, resumed), device)
+            weights = build_optimizer(model, options.optimizer)
+    except MemoryError as error:
+        raise UserError(
+            f"expected memory for the model on {device}, got {str(error) or NO_MEMORY}: choose smaller --params, or "
+            "end what else takes memory there"
+        ) from None
     torch.manual_seed((options.optimizer.seed * 1_000_003 + identity.rank + 1) % 2**63)  # dropout differs by rank
-    weights = build_optimizer(model, options.optimizer)
     schema = Schema.of(weights.tensors(), weights.rules, {})
     travelling = setup.gossip_state(options, weights)
     listener = setup.open_listener(options, identity)
@@ -205,9 +218,6 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         trainer.run(math.inf if deadline is None else deadline, progress)
     except TrainingDiverged as error:
         say(f"error: rank {identity.rank}: {error}")
-        return 1
-    except torch.OutOfMemoryError as error:
-        say(f"error: rank {identity.rank}: {str(error).splitlines()[0]}: lower --batch_size, --chunk_size or --params")
         return 1
     finally:
         if progress:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gossip.faults import Fault, ProtocolError
@@ -15,6 +14,7 @@ from gossip.reputation import Reputation
 from gossip.snapshot_desk import Delivery, SnapshotDesk
 from gossip.state import Snapshot
 from gossip.switchboard import Switchboard
+from runtime.exhaustion import as_memory_error
 
 NORM_LIMIT = 10.0  # times the live weights' own norm: what is larger is not merged
 
@@ -85,24 +85,25 @@ class Intake:
         method = self._method_of(outcome.decision)
         began = time.perf_counter()
         try:
-            self._check(delivery)
-            self._desk.before_write()
-            trial = merge_judged(
-                self._live,
-                self._desk.schema,
-                outcome.received.buffer.views,
-                outcome.own.buffer.views if outcome.own is not None else None,
-                method,
-                self._alpha,
-                self._judge,
-                self._tolerance,
-                self._known(),
-            )
+            with as_memory_error():
+                self._check(delivery)
+                self._desk.before_write()
+                trial = merge_judged(
+                    self._live,
+                    self._desk.schema,
+                    outcome.received.buffer.views,
+                    outcome.own.buffer.views if outcome.own is not None else None,
+                    method,
+                    self._alpha,
+                    self._judge,
+                    self._tolerance,
+                    self._known(),
+                )
         except ProtocolError as error:
             self.drop(delivery, error)
             return None
-        except torch.OutOfMemoryError as error:  # the weights are as they were, and training can go on
-            self.drop(delivery, ProtocolError(Fault.OUT_OF_MEMORY, str(error).partition("\n")[0]))
+        except MemoryError as error:  # the weights are as they were, and training can go on
+            self.drop(delivery, ProtocolError(Fault.OUT_OF_MEMORY, str(error)))
             return None
         seconds = time.perf_counter() - began
         if not trial.kept:

@@ -20,6 +20,7 @@ from gossip.state import Snapshot
 from gossip.strangers import Strangers
 from gossip.wire import Channel, Wire, bounded
 from gossip.wire_format import wire_format
+from runtime.exhaustion import as_memory_error
 from runtime.stderr import say
 
 HANDSHAKE_SECONDS = 5.0  # to connect and to authenticate
@@ -212,7 +213,8 @@ class Switchboard:
         error: ProtocolError | None = ProtocolError(Fault.INTERNAL)  # what any other exception counts as
         try:
             work = bounded(self._talk(talk), self._seconds, "the conversation", spent=talk.seconds)
-            self._conclude(talk, await work)
+            with as_memory_error():
+                self._conclude(talk, await work)
             error = None
         except ProtocolError as fault:
             error = fault

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,49 @@ def test_an_error_that_no_disk_is_to_blame_for_is_raised_where_training_is(rank)
     with pytest.raises(AttributeError):
         rank.writer.wait()
     assert rank.writer.idle and list(rank.run_dir.iterdir()) == []
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests import test_checkpoint_writer as tests
+tests.CONFIG = tests.ModelConfig(dim=1024, depth=2)
+rank = tests.Rank(Path.cwd(), lambda: None)
+for step, room in enumerate((40, None)):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    limit = resource.RLIM_INFINITY if room is None else used + room * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    rank.begin(step)
+    saved = rank.writer.wait()
+    print(saved.path and saved.path.name, saved.failure)
+"""
+
+
+def test_a_save_without_memory_for_it_fails_and_a_later_one_is_whole(tmp_path):
+    script = UNDER_A_LIMIT.format(root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "None memory is out",
+        "checkpoint_rank_0000_step_000001_loss_1.5000.pt None",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("place", ["training.saving.capture", "threading.Thread.start"])
+def test_a_save_that_cannot_begin_for_want_of_memory_costs_nothing_else(run_train, monkeypatch, tmp_path, place):
+    exhausted, found = [], pkgutil.resolve_name(place)
+
+    def exhaust(*arguments):
+        if not exhausted and (place.endswith("capture") or arguments[0].name == "checkpoint-writer"):
+            exhausted.append(place)
+            raise RuntimeError("can't start new thread") if place.endswith("start") else torch.empty(10**15)
+        return found(*arguments)
+
+    monkeypatch.setattr(place, exhaust)
+    run_dir = run_train("run", "--train_steps", "8", *EVERY_4)
+    assert exhausted and [file.step for file in list_checkpoints(run_dir)] == [8]
+    log = (tmp_path / "logs" / "train_run_rank_0000.log").read_text()
+    assert "save_failed: memory is out; the older checkpoints stand, training goes on" in log
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -285,15 +285,20 @@ def test_poisoned_elder_does_not_make_a_fresh_rank_worse(tmp_path):
         assert ward.unharmed() and ward.rank.node._desk.published.lineage == 0
 
 
+def exhaust_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("exhaust", [exhaust_gpu, lambda: torch.empty(10**15)], ids=["gpu", "cpu"])
 @pytest.mark.parametrize("turn", [1, 2], ids=["before", "after"])
-def test_node_goes_on_when_memory_for_the_judge_is_out(tmp_path, turn):
+def test_node_goes_on_when_memory_for_the_judge_is_out(tmp_path, turn, exhaust):
     ward = Ward(tmp_path)
     judge = ward.rank.node._intake._judge
 
     def exhausted():
         loss = judge()
         if ward.judged == turn:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            exhaust()
         return loss
 
     ward.rank.node._intake._judge = exhausted

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import train
 from bench.injection import Injection
+from runtime.errors import UserError
 from tests.conftest import TINY
 from tests.test_resume import QUIET, metrics_rows, newest
 from training import optimizer
@@ -117,6 +118,30 @@ def test_groups_of_lanes_take_turns_each_with_its_own_state(run_train, trainers)
             losses[name].append(trainer.loss)
     a, b, c, d = losses["short"]
     assert losses["long"] == pytest.approx([(a + c) / 2, (b + d) / 2], abs=1e-5)
+
+
+@pytest.mark.parametrize("place", ["build_model", "build_optimizer"])
+def test_a_device_without_memory_for_the_model_is_refused_and_leaves_no_run_behind(
+    run_train, monkeypatch, tmp_path, place
+):
+    monkeypatch.setattr(train, place, lambda *_: torch.empty(10**15))
+    with pytest.raises(UserError, match=r"expected memory for the model on cpu, got .*can't allocate .*: choose"):
+        run_train("run", "--train_steps", "2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_is_out_in_training_is_told_in_one_line_after_a_save(
+    run_train, monkeypatch, tmp_path, capsys, text
+):
+    original = Trainer.train_step
+    monkeypatch.setattr(
+        Trainer, "train_step", lambda self: original(self) if self.totals.step < 3 else torch.empty(10**15)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*TINY, "--data", str(text), "--output", "run", *QUIET]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert "can't allocate memory" in line and line.endswith(": lower --batch_size, --chunk_size or --params")
+    assert newest(tmp_path / "run")["step"] == 3
 
 
 def test_a_non_finite_gradient_is_not_applied_and_is_logged(run_train, trainers, monkeypatch, tmp_path):

@@ -240,6 +240,20 @@ def test_an_elite_whose_base_iterate_has_strayed_is_not_merged_and_not_tried_aga
     assert "rejuvenation_failed: elite_01.pt" in line and "its base iterate is" in line
 
 
+def test_an_elite_for_which_memory_is_out_costs_nothing(run_train, trainers, monkeypatch, tmp_path):  # noqa: F811
+    run_train("run", "--train_steps", "30", *QUIET)
+    (trainer,) = trainers
+    trainer.parts.log = RunLog(tmp_path / "after.log", echo=False)
+    put_elite(trainer, scale=1.0)
+    make_worst(trainer, monkeypatch)
+    monkeypatch.setattr(trainer.parts.fitness, "judge", lambda: torch.empty(10**15))
+    before = {name: tensor.clone() for name, tensor in trainer.weights.tensors().items()}
+    trainer._rejuvenation.consider()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.weights.tensors().items())
+    (line,) = (tmp_path / "after.log").read_text().splitlines()
+    assert "rejuvenation_failed: " in line and "can't allocate memory" in line
+
+
 @pytest.mark.injects(Injection.DANGLING_SYMLINK)
 def test_an_elite_link_that_leads_in_a_circle_is_told_of_and_training_goes_on(
     run_train, trainers, monkeypatch, tmp_path  # noqa: F811

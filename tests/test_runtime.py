@@ -10,16 +10,61 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from runtime.devices import check_triton, choose_device, device_memory_bytes
 from runtime.errors import UserError
+from runtime.exhaustion import as_memory_error
 from runtime.files import atomic_write, atomic_writer, replace_symlink, stale_temporaries, temporary_name
 from runtime.ranks import Identity, identity_from_environment
 from training.setup import check_environment
 
 ROOT = Path(__file__).parent.parent
+
+
+def exhaust_torch() -> None:
+    torch.empty(10**15)
+
+
+def exhaust_numpy() -> None:
+    np.empty(10**15)
+
+
+def exhaust_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 MiB\nand more")
+
+
+def exhaust_driver() -> None:
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+
+@pytest.mark.parametrize("exhaust", [exhaust_torch, exhaust_numpy, exhaust_gpu, exhaust_driver])
+def test_memory_that_is_out_is_one_error_of_one_line(exhaust):
+    with pytest.raises(MemoryError, match=r"^[^\n]*(memory|allocate)[^\n]*$"), as_memory_error():
+        exhaust()
+
+
+def test_a_thread_without_memory_for_its_stack_is_memory_that_is_out():
+    script = (
+        "import resource, threading\n"
+        "from runtime.exhaustion import as_memory_error\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))\n"
+        "try:\n"
+        "    with as_memory_error():\n"
+        "        threading.Thread(target=print).start()\n"
+        "except MemoryError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("can't start new thread\n", "")
+
+
+def test_an_error_that_says_nothing_of_memory_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="shapes"), as_memory_error():
+        raise RuntimeError("shapes do not match")
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from gossip.state import Schema, StateBuffer
 from mingru.minLM import ModelConfig
+from runtime.exhaustion import as_memory_error
 from training.checkpoint import save_checkpoint
 from training.optimizer import TrainedWeights
 
 NOT_FINITE = "the weights are not finite"
+NO_MEMORY = "memory is out"
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,17 @@ class CheckpointWriter:
 
     def begin(self, moment: Moment) -> None:
         """Copy the live state and start to write it; idle before. On return the live tensors may be written again on a
-        CPU; on a GPU once before_write() was called.
+        CPU; on a GPU once before_write() was called. Raises MemoryError; it is idle then.
         """
         assert self.idle
-        self._copied = self._buffer.copy_from(self._weights.tensors())
-        # A daemon: an interpreter that ends with an error must not wait for a disk that hangs.
-        self._thread = threading.Thread(
-            target=self._run, args=(moment, self._copied), name="checkpoint-writer", daemon=True
-        )
-        self._thread.start()
+        with as_memory_error():
+            self._copied = self._buffer.copy_from(self._weights.tensors())
+            # A daemon: an interpreter that ends with an error must not wait for a disk that hangs.
+            thread = threading.Thread(
+                target=self._run, args=(moment, self._copied), name="checkpoint-writer", daemon=True
+            )
+            thread.start()
+        self._thread = thread
 
     def before_write(self) -> None:
         """Before the weights are written: on a GPU, let the current stream wait for a copy in flight."""
@@ -118,18 +122,19 @@ class CheckpointWriter:
 
     def _write(self, moment: Moment) -> Saved:
         try:
-            tensors = self._buffer.views
-            averaged = self._weights.average_of(tensors)
-            if not (_all_finite(tensors) and _all_finite(averaged)):
-                return Saved(moment, None, NOT_FINITE)
-            path = save_checkpoint(
-                self._run_dir, self._rank, moment.step, moment.loss, self._config, averaged,
-                {**moment.training, "tensors": tensors},
-            )  # fmt: skip
+            with as_memory_error():
+                tensors = self._buffer.views
+                averaged = self._weights.average_of(tensors)
+                if not (_all_finite(tensors) and _all_finite(averaged)):
+                    return Saved(moment, None, NOT_FINITE)
+                path = save_checkpoint(
+                    self._run_dir, self._rank, moment.step, moment.loss, self._config, averaged,
+                    {**moment.training, "tensors": tensors},
+                )  # fmt: skip
         except OSError as error:
             return Saved(moment, None, error.strerror or str(error))
         except MemoryError:
-            return Saved(moment, None, "memory is out")
+            return Saved(moment, None, NO_MEMORY)
         try:
             self._tidy()
         except OSError as error:

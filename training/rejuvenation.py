@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from gossip.merge import merge_judged
+from runtime.exhaustion import as_memory_error
 from training.checkpoint import CheckpointError, read_own_checkpoint
+from training.checkpoint_writer import NO_MEMORY
 from training.population import is_among_worst, standing_of
 
 if TYPE_CHECKING:
@@ -31,12 +31,15 @@ class Rejuvenation:
             measured = trainer.parts.fitness.value is not None and not node.engaged
             if trainer.dice.random() < options.rejuvenation_probability and measured:
                 try:
-                    self._rejuvenate()
-                except (CheckpointError, torch.OutOfMemoryError) as error:
+                    with as_memory_error():
+                        self._rejuvenate()
+                except CheckpointError as error:
                     trainer.event("rejuvenation_failed", str(error).partition("\n")[0])
+                except MemoryError as error:
+                    trainer.event("rejuvenation_failed", str(error) or NO_MEMORY)
 
     def _rejuvenate(self) -> None:
-        """Raises CheckpointError where no elite serves, OutOfMemoryError; the weights are then as they were."""
+        """Raises CheckpointError where no elite serves, or that memory is out; the weights are then as they were."""
         trainer = self._trainer
         options, schema = trainer.options.population, trainer.parts.schema
         chosen = self._choose()

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from training.checkpoint_writer import Moment, Saved
+from runtime.exhaustion import as_memory_error
+from training.checkpoint_writer import NO_MEMORY, Moment, Saved
 from training.population import save_chance, standing_of
 from training.resume import capture
 
@@ -49,7 +50,12 @@ class Saving:
         """Begin a checkpoint of this moment; how it ends is seen at a later step boundary, or by finish()."""
         trainer = self._trainer
         self._due = False
-        trainer.parts.writer.begin(Moment(trainer.totals.step, trainer.parts.fitness.value, why, capture(trainer)))
+        try:
+            with as_memory_error():
+                state = capture(trainer)
+            trainer.parts.writer.begin(Moment(trainer.totals.step, trainer.parts.fitness.value, why, state))
+        except MemoryError:
+            self._fail(NO_MEMORY)
 
     def finish(self) -> None:
         """Wait for the save that is under way, if one is."""
@@ -72,11 +78,15 @@ class Saving:
     def _report(self, saved: Saved | None) -> None:
         if saved is None:
             return
-        self._failure = saved.failure
         if saved.path is None:
-            self._trainer.event("save_failed", f"{saved.failure}; the older checkpoints stand, training goes on")
+            self._fail(saved.failure)
             return
+        self._failure = None
         if saved.tidying is not None:
             self._trainer.event("tidy_failed", saved.tidying)
         self.step = saved.moment.step
         self._trainer.line(f"saved {saved.path.name}{f' ({saved.moment.why})' if saved.moment.why else ''}")
+
+    def _fail(self, failure: str) -> None:
+        self._failure = failure
+        self._trainer.event("save_failed", f"{failure}; the older checkpoints stand, training goes on")

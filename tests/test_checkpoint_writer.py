@@ -1,9 +1,11 @@
 """Saves beside training: what is saved is one moment, training goes on meanwhile, and how a save ends is told."""
 
+import json
 import math
 import os
 import pkgutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 import runtime.files
+from gossip.network_utils import parse_peer
 from gossip.state import Schema
 from mingru.minLM import MinLM, ModelConfig
 from tests.conftest import TINY
@@ -263,6 +266,33 @@ def test_a_checkpoints_name_and_content_tell_the_loss_of_its_moment(run_train, m
     first = list_checkpoints(run_dir)[0]
     assert first.step == 4 and first.loss == pytest.approx(fitness[4], abs=5e-5)
     assert read_own_checkpoint(first.path)["loss"] == fitness[4] != fitness[12]
+
+
+def test_while_the_last_save_is_written_nobody_is_kept_waiting_by_a_rank_that_has_left(run_train, monkeypatch, disk):
+    """A caller that is answered by a rank which trains no more would have its one slot taken until a deadline."""
+    seen, step = {}, Trainer.train_step
+
+    def last(self) -> bool:
+        if self.totals.step == 6:
+            disk.hang()
+        return step(self)
+
+    def call() -> None:
+        assert disk.waiting.wait(60)  # the last save is under way
+        seen.update(json.loads(Path("run/population/rank_0000.json").read_text()))
+        try:
+            socket.create_connection(parse_peer(seen["address"]), timeout=60).close()
+        except ConnectionRefusedError as error:
+            seen["refused"] = error
+        disk.free()
+
+    monkeypatch.setattr(Trainer, "train_step", last)
+    caller = threading.Thread(target=call)
+    caller.start()
+    run_dir = run_train("run", "--train_steps", "7", *QUIET)
+    caller.join()
+    assert "refused" in seen and (seen["state"], seen["step"]) == ("left", 7)
+    assert newest(run_dir)["step"] == 7
 
 
 def test_a_return_to_the_last_good_state_waits_for_the_save_under_way(run_train, trainers, disk, tmp_path):  # noqa: F811

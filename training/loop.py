@@ -156,7 +156,8 @@ class Trainer:
             return averaged_loss(self.model, self.weights, chunks, self.parts.device)
 
     def run(self, deadline: float = math.inf, progress: Progress | None = None) -> None:
-        """Train until --train_steps, `deadline` (on time.monotonic) or a stop signal; then save, and wait for it.
+        """Train until --train_steps, `deadline` (on time.monotonic) or a stop signal; then leave the population, save,
+        and wait for it.
 
         Raises TrainingDiverged, RankReplaced. After any other error, a broken gossip thread's say, it saves before it
         raises.
@@ -166,6 +167,8 @@ class Trainer:
             self._train(deadline, progress)
 
     def _end(self, _kind: type | None, error: BaseException | None, _traceback: TracebackType | None) -> None:
+        if isinstance(error, Exception | None):
+            self.parts.node.close()  # no step boundary follows: whoever called would wait for one, as long as the save
         if error is None:
             self.saving.last("stopped by a signal" if self.parts.signals.stop else "end of the budget")
         elif isinstance(error, TrainingDiverged | RankReplaced):

@@ -17,6 +17,7 @@ from gossip.registry import RANK_FILE_LIMIT, RANKING_NAME, rank_file, rank_files
 from gossip.sightings import Sightings, Tenure
 from runtime.errors import UserError
 from runtime.files import atomic_write
+from runtime.supervise import REPLACED
 
 _OWN_KEYS = ("rank", "incarnation", "life", "sequence", "world_size", "state")
 _MEMBER_KEYS = frozenset((*_OWN_KEYS, "address", "step", "fitness"))
@@ -24,6 +25,8 @@ _MEMBER_KEYS = frozenset((*_OWN_KEYS, "address", "step", "fitness"))
 
 class RankReplaced(UserError):
     """Another process is this rank now: this one has no part in the run any more, and nothing to save."""
+
+    status = REPLACED
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Command lines: flags in either spelling, and a user's mistake as one line and exit status 2."""
+"""Command lines: flags in either spelling, and a user's mistake as one line and an exit status."""
 
 import argparse
 import sys
@@ -46,13 +46,14 @@ def normalise_flags(argv: Sequence[str]) -> list[str]:
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Exit with the status that `main(arguments)` returns (None: 0).
 
-    A UserError becomes one line "error: ..." on standard error and status 2; Ctrl-C where main does not handle it, 130.
+    A UserError becomes one line "error: ..." on standard error and its status; Ctrl-C where main does not handle it,
+    130.
     """
     try:
         status = main(sys.argv[1:])
     except UserError as error:
         say(f"error: {error}")
-        status = 2
+        status = error.status
     except KeyboardInterrupt:
         status = 130
     settle()

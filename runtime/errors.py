@@ -4,5 +4,7 @@
 class UserError(ValueError):
     """A user's mistake: one line with what was expected, what was got and what to do.
 
-    Entry points print it to standard error and exit with status 2; it never shows a traceback.
+    Entry points print it to standard error and exit with its status; it never shows a traceback.
     """
+
+    status = 2

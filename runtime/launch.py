@@ -5,8 +5,9 @@
 Each rank is a process in a session of its own: Ctrl-C reaches it once, through the launcher, and nobody else's death
 reaches it at all. Rank 0 keeps the terminal; lines of the others come marked, and said once though all say them.
 
-A rank that dies, by its own fault or killed, is started again alone after a pause, but not after status 2 (a user's
-mistake) nor once the launcher was asked to stop. One that dies again and again is given up, and the others go on.
+A rank that dies, by its own fault or killed, is started again alone after a pause, but not if its first process ended
+with status 2 (a user's mistake), nor if another process took its place, nor once the launcher was asked to stop. One
+that dies again and again is given up, and the others go on.
 
     srun python -m runtime.launch --task -- train.py --data corpus.txt --output run
 
@@ -173,7 +174,7 @@ class Launcher:
     def _end(self, place: int, status: int, how: str) -> None:
         outlook = self._lives[place].end(status)
         rank = self._identities[place].rank
-        if status == USER_ERROR:
+        if self._lives[place].mistaken:
             self._mistaken.append(rank)
             self._tell_at = min(self._tell_at, time.monotonic() + GATHER_SECONDS)
         elif status != 0:

@@ -5,8 +5,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from runtime.errors import UserError
+
 LONGEST_PAUSE = 60.0  # seconds
-USER_ERROR = 2  # the exit status that says: a restart does not help
+USER_ERROR = UserError.status  # of a rank's first process: a restart does not help
+REPLACED = 4  # the exit status that says: another process is this rank, and a restart would do harm
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,14 @@ class Lives:
     def end(self, status: int) -> str:
         """The process ended with `status` (128 + signal if by one): decides `due`, returns how a report of it goes on.
 
-        Asked to stop, done, or a user's mistake: that was the last one, whatever the policy.
+        Asked to stop, done, replaced, or a user's mistake: that was the last one, whatever the policy.
         """
         self.status = status
         self.ended = self._clock()
-        if self._stopping or status in (0, USER_ERROR):
+        if self._stopping or status == 0 or self.mistaken:
             return ""
+        if status == REPLACED:
+            return ": not restarted, another process is this rank"
         if self.ended - self._began >= self._policy.healthy_seconds:
             self._in_a_row, self._pause = 0, self._policy.restart_seconds
         if self._policy.max_restarts == 0:
@@ -74,6 +79,12 @@ class Lives:
         self._in_a_row, self._pause = self._in_a_row + 1, min(LONGEST_PAUSE, self._pause * 2)
         self.due = self.ended + pause
         return f": restart {self._in_a_row} of at most {self._policy.max_restarts} in {pause:.1f} s"
+
+    @property
+    def mistaken(self) -> bool:
+        """The first process ended by a user's mistake. What looks like one later is a disk or a network that fails:
+        the same command line served before."""
+        return self.status == USER_ERROR and self.restarts == 0
 
     def stop(self) -> bool:
         """The rank is asked to stop: none begins from now on. True if that cancels a restart that was due."""

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 
 import train
 from bench.injection import Injection
+from gossip.filesystem_coordinator import RankReplaced
 from runtime.errors import UserError
+from runtime.supervise import REPLACED
 from tests.conftest import TINY
 from tests.test_resume import QUIET, metrics_rows, newest
 from training import optimizer
@@ -307,7 +309,7 @@ def test_a_rank_whose_place_was_taken_saves_nothing_and_says_so_in_one_line(text
         [sys.executable, "-c", script, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == RankReplaced.status == REPLACED
     assert [line for line in done.stderr.splitlines() if line.startswith("error: expected rank 0")]
     assert "Traceback" not in done.stderr
     assert list_checkpoints(tmp_path / "run") == []

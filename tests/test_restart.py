@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from bench.injection import Injection
-from runtime.supervise import Lives, RestartPolicy
+from runtime.supervise import REPLACED, Lives, RestartPolicy
 from tests.launch_helpers import ROOT, expect_lines, launcher
 
 # A rank that says who it is in which of its lives, and then does what the words of its argument say.
@@ -87,9 +87,16 @@ def test_lives_a_healthy_one_begins_a_new_row_and_the_count_of_restarts_goes_on(
     assert lives.restarts == 4
 
 
-@pytest.mark.parametrize("status, again", [(0, False), (1, True), (2, False), (126, True), (137, True)])
-def test_lives_begin_again_where_that_may_help(clock, status, again):
+@pytest.mark.parametrize(
+    "status, again, later",
+    [(0, False, False), (1, True, True), (2, False, True), (REPLACED, False, False), (137, True, True)],
+)
+def test_lives_begin_again_where_that_may_help(clock, status, again, later):
+    """later: of a rank that was restarted before, whose command line is no mistake."""
     assert (pause(Lives(RestartPolicy(), clock), clock, status) is not None) == again
+    lives = Lives(RestartPolicy(), clock)
+    assert pause(lives, clock, 137) is not None
+    assert (pause(lives, clock, status) is not None) == later
 
 
 def test_lives_asked_to_stop_never_begin_again(clock):
@@ -156,6 +163,37 @@ def test_restart_is_not_for_a_users_mistake(launch):
     assert sorted(lives_said(output)) == [(0, 0), (1, 0)]
     assert errors == "rank 0 exited with status 2: not restarted, since that would not help\n"
     assert process.returncode == 2
+
+
+def test_restart_of_a_rank_whose_script_is_away_for_a_while_ends_well(launch, tmp_path):
+    """Python's own status for a script that it cannot open is that of a user's mistake."""
+    words = "life == 0 and (os.rename(sys.argv[0], sys.argv[0] + '.away') or os._exit(7))"
+    process = launch(words, ["--restart_seconds", "0.5"], ranks=1)
+    said = [process.stderr.readline() for _ in range(3)]
+    assert re.match(r"rank 0 exited with status 7: restart 1 of at most 5 in", said[0])
+    assert "can't open file" in said[1]
+    assert re.match(r"rank 0 exited with status 2: restart 2 of at most 5 in", said[2])
+    os.rename(tmp_path / "script.py.away", tmp_path / "script.py")
+    output, _ = process.communicate()
+    assert lives_said(output)[0] == (0, 0) and lives_said(output)[-1][1] >= 2
+    assert process.returncode == 0
+
+
+def test_restart_of_a_rank_that_is_never_found_again_ends_with_its_status(launch):
+    process = launch("os.remove(sys.argv[0]); os._exit(7)", [*QUICKLY, "--max_restarts", "2"], ranks=1)
+    _, errors = process.communicate()
+    assert errors.splitlines()[-1] == "rank 0 exited with status 2: given up, restart 2 of at most 2 did not help"
+    assert "not restarted" not in errors and process.returncode == 2
+
+
+def test_restart_is_not_for_a_rank_whose_place_was_taken(launch):
+    process = launch(f"rank == 1 and os._exit({REPLACED} if life else 7)")
+    output, errors = process.communicate()
+    assert sorted(lives_said(output)) == [(0, 0), (1, 0), (1, 1)]
+    assert (
+        errors.splitlines()[1] == f"rank 1 exited with status {REPLACED}: not restarted, another process is this rank"
+    )
+    assert process.returncode == REPLACED
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda stop: stop.name)

@@ -21,10 +21,11 @@ from rich.text import Text
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.errors import UserError
 from training.metrics import bits
-from training.onlooker import COUNTS, FLOW_MINUTES, Onlooker, Row, View, thinned
+from training.onlooker import COUNTS, FLOW_MINUTES, Onlooker, Row, View, population_seconds, thinned
 
 REFRESH_SECONDS = 2.0
 LOOK_SECONDS = 1.0  # that a look may read tables; a slow filesystem is read over several looks
+PATIENCE_HEARTBEATS = 3  # that --once gives a rank that seems silent by the time of its file, to show that it lives
 SLOW_SECONDS = 10.0  # without an answer from the files, after which that is said
 WIDTH_OF_A_FILE = 120  # columns; there is no screen whose edge would cut a long number
 WIDE = 100  # columns from which all counts have a place
@@ -72,12 +73,22 @@ def main(arguments: list[str]) -> None:
     if not console.is_terminal:
         console.width = max(console.width, WIDTH_OF_A_FILE)
     if options.once:
-        console.print(screen(options.run_dir, onlooker.look(), console.width))
+        console.print(screen(options.run_dir, look_once(onlooker), console.width))
         return
     try:
         follow(options.run_dir, Reader(onlooker), console)
     except KeyboardInterrupt:
         return
+
+
+def look_once(onlooker: Onlooker) -> View:
+    """The population now. A rank that seems silent may have its files' times from another host's clock, and gets the
+    time to show that it lives."""
+    view = onlooker.look()
+    if any(row.state == "silent" for row in view.rows):
+        time.sleep(PATIENCE_HEARTBEATS * population_seconds(onlooker.run_dir, "gossip_heartbeat", 2.0))
+        view = onlooker.look()
+    return view
 
 
 def follow(run_dir: Path, reader: Reader, console: Console) -> None:

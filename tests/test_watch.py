@@ -17,7 +17,7 @@ import watch
 from gossip.filesystem_coordinator import FilesystemCoordinator
 from tests.synthetic_run import write_run
 from training.metrics import MetricsFile
-from training.onlooker import Elite, Onlooker, View, liveness_seconds, make_row, read_elites
+from training.onlooker import Elite, Onlooker, View, make_row, population_seconds, read_elites
 from training.tail import TableTail
 
 SCRIPT = Path(watch.__file__)
@@ -180,10 +180,57 @@ def test_watch_notices_that_nobody_moves_any_more(run, monkeypatch):
     assert [row.state for row in onlooker.look().rows] == ["silent"] * 3
 
 
+def shift_files(run, seconds):
+    """As if the population's files had been written so long ago, or by a host whose clock is so far off."""
+    for path in (run.path / "population").iterdir():
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime + seconds))
+
+
+def states(printed):
+    return [row[1] for row in cells(printed)]
+
+
+@pytest.mark.parametrize("seconds", [-3600, 3600], ids=["long-dead", "by-a-clock-ahead"])
+def test_watch_once_shows_a_population_that_was_killed_as_silent(run, capsys, monkeypatch, seconds):
+    """A killed leader leaves a ranking in which all live."""
+    monkeypatch.setattr(watch, "PATIENCE_HEARTBEATS", 0.1)
+    for _ in range(3):
+        run.beat()
+    shift_files(run, seconds)
+    watch.main([str(run.path), "--once"])
+    printed = capsys.readouterr().out
+    assert states(printed) == ["silent"] * 3 and printed.startswith("3 ranks (3 silent) · best")
+
+
+def test_watch_once_sees_by_their_beats_that_ranks_on_another_clock_live(run, capsys, monkeypatch):
+    for _ in range(3):
+        run.beat()
+    shift_files(run, -3600)
+
+    def sleep(seconds):
+        assert seconds >= 2 * 2.0  # heartbeats
+        run.beat(0, 2)
+        shift_files(run, -3600)
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    watch.main([str(run.path), "--once"])
+    assert states(capsys.readouterr().out) == ["leads", "silent", "running"]
+
+
+def test_watch_once_does_not_wait_where_all_is_clear(run, capsys, monkeypatch):
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    for _ in range(3):
+        run.beat()
+    run.leave(2)
+    watch.main([str(run.path), "--once"])
+    assert states(capsys.readouterr().out) == ["leads", "running", "left"]
+
+
 def test_watch_takes_the_liveness_of_the_run(run, tmp_path):
-    assert liveness_seconds(run.path) == 30.0
+    assert population_seconds(run.path, "gossip_liveness", 30.0) == 30.0
     (run.path / "config.json").write_text(json.dumps({"options": {"population": {"gossip_liveness": 7}}}))
-    assert liveness_seconds(run.path) == 7.0
+    assert population_seconds(run.path, "gossip_liveness", 30.0) == 7.0
+    assert population_seconds(run.path, "gossip_heartbeat", 2.0) == 2.0
 
 
 def read_until(terminal, word):

@@ -114,11 +114,10 @@ class Onlooker:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._population = run_dir / "population"
-        self._sightings = Sightings(liveness_seconds(run_dir))
-        self._began = time.monotonic()
+        self._sightings = Sightings(population_seconds(run_dir, "gossip_liveness", 30.0))
         self._beats: dict[int, tuple[tuple[str, int], float]] = {}  # the newest sign of life, and when it came
         self._ranking: dict[str, Any] = {}
-        self._ranking_moved = self._began
+        self._ranking_moved = time.monotonic()
         self._metrics: dict[int, Metrics] = {}
         self._flow = Flow()
         self._logs: dict[Path, TableTail] = {}
@@ -156,7 +155,9 @@ class Onlooker:
                     continue
         for rank, entry in self._sightings.entries.items():
             sign = entry["incarnation"], entry["sequence"]
-            if rank not in self._beats:  # when it came is not known on this clock: the file's own time has to do
+            # When the first one came is not known on this clock: the file's time has to do. It may be another clock's,
+            # and one in the future then says as little as an old one.
+            if rank not in self._beats:
                 self._beats[rank] = sign, now - _age(rank_file(self._population, rank))
             elif self._beats[rank][0] != sign:
                 self._beats[rank] = sign, now
@@ -201,7 +202,8 @@ class Onlooker:
             return "unknown"  # it has metrics alone: no shared registry
         if self._sightings.left(rank):
             return "left"
-        still = now - self._began >= self._sightings.timeout_seconds and not self._sightings.live(rank, now)
+        # A leader that was killed leaves a ranking in which all live: each one's own sign of life counts too.
+        still = now - self._beats[rank][1] >= self._sightings.timeout_seconds
         if still or (self._ranking and rank not in self._ranking["live"]):
             return "silent"
         return "leads" if rank == self._ranking.get("leader") else "running"
@@ -249,12 +251,12 @@ def read_elites(run_dir: Path) -> tuple[Elite, ...]:
     return tuple(found)
 
 
-def liveness_seconds(run_dir: Path) -> float:
-    """How long a rank of this run may stand still before it counts as dead."""
+def population_seconds(run_dir: Path, option: str, default: float) -> float:
+    """What the run's config.json says of this option of the population."""
     try:
-        return float(json.loads((run_dir / "config.json").read_text())["options"]["population"]["gossip_liveness"])
-    except (OSError, ValueError, KeyError):  # a run that has only begun
-        return 30.0
+        return float(json.loads((run_dir / "config.json").read_text())["options"]["population"][option])
+    except (OSError, ValueError, KeyError, TypeError):  # a run that has only begun
+        return default
 
 
 def thinned(values: tuple[float, ...], places: int) -> list[float]:
@@ -280,7 +282,7 @@ def _stamp(ranking: dict[str, Any]) -> tuple[Any, ...]:
 
 def _age(path: Path) -> float:
     try:
-        return max(0.0, time.time() - path.stat().st_mtime)
+        return abs(time.time() - path.stat().st_mtime)
     except OSError:
         return 0.0
 

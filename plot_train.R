@@ -86,17 +86,25 @@ find_place <- function(arguments) {
   } else path <- sub("/+$", "", arguments[1])
   if (!file.exists(path)) fail("expected a run directory or a metrics file, got ", path, ", which does not exist: check the path")
   whole <- dir.exists(path)
-  files <- if (whole) Sys.glob(file.path(path, "metrics", "rank_*.tsv")) else path
+  files <- if (whole) rank_tables(file.path(path, "metrics")) else path
   if (!length(files)) fail("expected a run directory, got ", path, ", without metrics/rank_*.tsv: check the path")
   run <- normalizePath(if (whole) path else dirname(dirname(path)))
   out <- if (whole) file.path(path, "plot_train") else sub("[.]tsv$", "", path)
   if (file.access(dirname(out), 2) != 0) fail("expected to write pictures to ", dirname(out), ", got no right to: copy the run elsewhere")
   config <- read_config(file.path(run, "config.json"))
   logs <- file.path(c(config("working_directory"), dirname(run), dirname(dirname(run))), "gossip_logs")
-  has <- vapply(logs, function(log) length(Sys.glob(file.path(log, paste0(basename(run), "_rank_*.tsv")))) > 0, TRUE)
+  has <- vapply(logs, function(log) length(rank_tables(log, paste0(basename(run), "_"))) > 0, TRUE)
   list(name = if (whole) basename(run) else paste0(basename(run), ", ", basename(path)), files = files, out = out,
        logs = if (any(has)) file.path(logs[has][1], sub("^", paste0(basename(run), "_"), basename(files))),
        alpha = merge_share(config))
+}
+
+# The paths of prefix + rank_0000.tsv ... in a folder: no glob, whose signs the names of runs may have in them.
+rank_tables <- function(folder, prefix = "") {
+  names <- list.files(folder)
+  rest <- substring(names, nchar(prefix) + 1)
+  names <- names[startsWith(names, prefix) & grepl("^rank_[0-9]{4,}[.]tsv$", rest)]
+  if (length(names)) file.path(folder, names) else character()
 }
 
 # A function from an option's name to its text in config.json; "" where it is not there, as in a run that just began.

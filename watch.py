@@ -64,7 +64,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder that train.py --output named")
     parser.add_argument("--once", action="store_true", help="print the population once and exit")
     options = parser.parse_args(normalise_flags(arguments))
-    if not any((options.run_dir / name).is_dir() for name in ("population", "metrics")):
+    try:
+        found = any((options.run_dir / name).is_dir() for name in ("population", "metrics"))
+    except OSError as error:
+        raise UserError(
+            f"expected a readable run directory, got {options.run_dir} ({error.strerror}): mend it, or try again"
+        ) from None
+    if not found:
         raise UserError(
             f"expected a run directory, got {options.run_dir}, without population/ or metrics/: check the path"
         )

@@ -107,6 +107,12 @@ def test_plot_train_shows_512_ranks(tmp_path):
     assert "512 ranks, 500 steps, 1,500 mixes" in drawn(plot(run))
 
 
+def test_plot_train_finds_the_files_of_a_run_whatever_its_name(tmp_path):
+    run = write_run(tmp_path / "runs" / "rate[0.1]*", ranks=2, steps=400, mixes=6)
+    assert "2 ranks, 400 steps, 6 mixes" in drawn(plot(run))
+    assert "2 ranks, 400 steps, 6 mixes" in drawn(plot(cwd=tmp_path))
+
+
 def test_plot_train_finds_the_newest_run(tmp_path):
     for age, name in ((0, "new"), (3600, "old")):
         for path in (write_run(tmp_path / "runs" / name, ranks=1, steps=200) / "metrics").iterdir():

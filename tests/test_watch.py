@@ -1,8 +1,10 @@
+import errno
 import io
 import json
 import math
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from rich.console import Console
 
 import watch
 from gossip.filesystem_coordinator import FilesystemCoordinator
+from runtime.errors import UserError
 from tests.synthetic_run import write_run
 from training.metrics import MetricsFile
 from training.onlooker import Elite, Onlooker, View, make_row, population_seconds, read_elites
@@ -290,6 +293,51 @@ def test_watch_survives_torn_files(run):
     rows = Onlooker(run.path).look().rows
     assert [(row.rank, row.state) for row in rows] == [(0, "running"), (1, "unknown"), (2, "running")]
     assert rows[0].held_out == pytest.approx(2 * math.log(2), rel=1e-4)
+
+
+def test_watch_passes_over_files_that_are_no_ranks(run):
+    run.beat()
+    shutil.copy(run.path / "metrics" / "rank_0000.tsv", run.path / "metrics" / "rank_0000.bak.tsv")
+    (run.path / "metrics" / "rank_.tsv").touch()
+    assert [row.rank for row in Onlooker(run.path).look().rows] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO], ids=["ESTALE", "EIO"])
+def test_watch_survives_folders_that_cannot_be_read_for_a_while(tmp_path, monkeypatch, error):
+    """Folders on a network filesystem whose server was started again, or whose disk fails."""
+    run_dir = tmp_path / "runs" / "run"
+    write_run(tmp_path / "other" / "run", ranks=2, steps=400, mixes=6)
+    run = Run(run_dir, 2)
+    for _ in range(3):
+        run.beat()
+    (tmp_path / "other" / "gossip_logs").rename(tmp_path / "runs" / "gossip_logs")
+    (run_dir / "elite_01.pt").symlink_to("checkpoint_rank_0001_step_000500_loss_1.2500.pt")
+    onlooker = Onlooker(run_dir)
+
+    def fails(path, *arguments, **options):
+        raise OSError(error, os.strerror(error), str(path))
+
+    with monkeypatch.context() as patch:
+        for name in ("listdir", "scandir", "stat", "open", "readlink"):
+            patch.setattr(os, name, fails)
+        assert onlooker.look() == View((), (), {}, None, False)
+    view = onlooker.look()
+    assert [row.state for row in view.rows] == ["leads", "running"] and len(view.elites) == 1 and view.flow
+
+
+def test_watch_says_of_a_folder_that_cannot_be_read_why(run, monkeypatch):
+    def fails(path, *arguments, **options):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(os, "stat", fails)
+    with pytest.raises(UserError, match=r"expected a readable run directory, got .* \(Stale file handle\)"):
+        watch.main([str(run.path), "--once"])
+
+
+def test_watch_finds_the_logs_of_a_run_whatever_its_name(tmp_path):
+    run_dir = write_run(tmp_path / "runs" / "rate[0.1]*", ranks=2, steps=400, mixes=6)
+    view = Onlooker(run_dir).look()
+    assert len(view.rows) == 2 and view.flow
 
 
 def test_watch_refuses_a_folder_without_a_run(tmp_path):

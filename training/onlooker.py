@@ -1,6 +1,7 @@
 """A population as its files tell of it: read again and again by somebody who takes no part. Nothing here writes."""
 
 import json
+import os
 import re
 import statistics
 import time
@@ -21,6 +22,7 @@ FLOW_MINUTES = 5
 FEW = 32  # ranks whose own entries are read at every look; of more the leader's fold is, while it moves
 STILL_SECONDS = 10.0  # after which a fold that does not move is not enough
 TREND_ROWS = 2000
+_METRICS = re.compile(r"rank_(\d{4,})\.tsv")
 _ELITE = re.compile(r"checkpoint_rank_(\d+)_step_(\d+)_loss_([\d.]+|NA)\.pt")
 
 
@@ -127,8 +129,9 @@ class Onlooker:
         """The population as its files are now; tables are read for `seconds` at most, and the others at later looks."""
         now = time.monotonic()
         self._read_registry(now)
-        for path in self.run_dir.glob("metrics/rank_*.tsv"):
-            self._metrics.setdefault(int(path.stem.removeprefix("rank_")), Metrics(path))
+        for name in _names(self.run_dir / "metrics"):
+            if match := _METRICS.fullmatch(name):
+                self._metrics.setdefault(int(match[1]), Metrics(self.run_dir / "metrics" / name))
         self._find_logs()
         self._read_tables(now + seconds)
         entries = self._sightings.entries
@@ -148,7 +151,11 @@ class Onlooker:
             self._sightings.observe(entry, now)
         first = not self._beats
         if first or len(self._beats) <= FEW or now - self._ranking_moved > STILL_SECONDS:
-            for rank, path in rank_files(self._population) if self._population.is_dir() else []:
+            try:
+                files = rank_files(self._population)
+            except OSError:  # there is none, or it may answer at the next look
+                files = []
+            for rank, path in files:
                 try:
                     self._sightings.observe(read_entry(rank, path), now)
                 except (OSError, ValueError):  # torn, or just replaced: what was seen before stays
@@ -163,15 +170,18 @@ class Onlooker:
                 self._beats[rank] = sign, now
 
     def _find_logs(self) -> None:
-        name = self.run_dir.resolve().name
-        for folder in _log_places(self.run_dir) if not self._logs else ():
-            found = (folder / "gossip_logs").glob(f"{name}_rank_*.tsv")
-            self._logs = {path: TableTail(path) for path in found}
+        wanted = re.compile(re.escape(self.run_dir.resolve().name) + r"_rank_\d{4,}\.tsv")
+        if not self._logs:
+            folders = [place / "gossip_logs" for place in _log_places(self.run_dir)]
+        elif len(self._logs) < len(self._metrics):
+            folders = [next(iter(self._logs)).parent]
+        else:
+            return
+        for folder in folders:
+            for name in filter(wanted.fullmatch, _names(folder)):
+                self._logs.setdefault(folder / name, TableTail(folder / name))
             if self._logs:
                 return
-        if len(self._logs) < len(self._metrics):
-            for path in next(iter(self._logs)).parent.glob(f"{name}_rank_*.tsv") if self._logs else ():
-                self._logs.setdefault(path, TableTail(path))
 
     def _read_tables(self, deadline: float) -> None:
         tables = [*self._metrics.values(), *self._logs.values()]
@@ -241,7 +251,8 @@ def make_row(
 def read_elites(run_dir: Path) -> tuple[Elite, ...]:
     """The population's best checkpoints, best first, by the names that the links point to."""
     found = []
-    for link in sorted(run_dir.glob("elite_*.pt")):
+    for name in sorted(name for name in _names(run_dir) if re.fullmatch(r"elite_\d+\.pt", name)):
+        link = run_dir / name
         try:
             match = _ELITE.fullmatch(link.readlink().name)
         except OSError:  # replaced meanwhile
@@ -274,6 +285,14 @@ def _log_places(run_dir: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError):  # a run that has only begun
         started = []
     return [*started, *run_dir.resolve().parents[:2]]
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder; none where there is no such folder, or it cannot be read: it may be at the next look."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _stamp(ranking: dict[str, Any]) -> tuple[Any, ...]:

@@ -54,7 +54,7 @@ from training.options import parse_arguments
 from training.probe import LEAST_HELD_OUT, Probe, split_probe
 from training.recovery import TrainingDiverged
 from training.resume import restore
-from training.retention import RetentionPolicy, disk_use, remove_leftovers, retire_later, tidy
+from training.retention import RetentionPolicy, disk_use, remove_leftovers, retire_from, tidy
 
 
 def main(arguments: list[str], signals: SignalFlags | None = None) -> int:
@@ -82,6 +82,7 @@ def main(arguments: list[str], signals: SignalFlags | None = None) -> int:
 def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags) -> int:
     """One process of a rank. What a user can get wrong is found before the run directory is touched."""
     options, run, goes_on = setup.choose_run(given, identity)
+    setup.check_secret(options, run)
     shared = options.population.filesystem_coordinator
     is_first = identity.rank == 0 or (identity.local_rank == 0 and not shared)  # of those with this folder and terminal
     population = setup.gossip_config(options)
@@ -128,8 +129,11 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         if not identity.restarts:  # another run of this name may have left its own
             log.begin_anew()
             set_aside(run.event_log)
-    remove_leftovers(run.path, identity.rank)
-    if is_first:  # once a run, or a host, as folders go
+    try:
+        remove_leftovers(run.path, identity.rank)
+    except OSError as error:
+        say(f"warning: rank {identity.rank}: what killed processes left in {run.path} stays: {error.strerror}")
+    if is_first or not goes_on:  # a new run's by whoever is there first
         run.write_config(options, config, parameters, identity, str(device), is_new=not goes_on)
     events = EventLog(run.event_log, identity.rank, tell=log.mix)
     archive_dice = random.Random()
@@ -172,8 +176,15 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     trainer.apply_hyperparameters()
     if resumed:
         restore(trainer, resumed.content["training"], moves=resumed.moves)
-    retire_later(run.path, identity.rank, trainer.totals.step)
+    inherits = resumed is not None and resumed.file.rank != identity.rank  # its own work so far is another line
     try:
+        retire_from(run.path, identity.rank, trainer.totals.step + (not inherits))
+    except OSError as error:
+        raise UserError(f"expected to archive checkpoints in {run.path}, got {error.strerror}: mend it") from None
+    begins_again = goes_on and resumed is None
+    try:
+        if begins_again:  # its rows may be all that is left of work whose checkpoints somebody has taken away
+            set_aside(run.metrics)
         trainer.parts.metrics.rewind(trainer.totals.step)
     except OSError as error:
         trainer.event("metrics_failed", f"rows of steps to be done again stay: {error.strerror or error}")
@@ -181,7 +192,8 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         f"rank {identity.rank} of {identity.world_size} ({identity.source}) on {device}: {parameters:,} parameters "
         f"(dim {config.dim}, depth {config.depth}), {memory}; {len(training_region):,} bytes to train on, "
         f"{len(held_out) if held_out is not None else 0:,} to validate on"
-        + (f"; resumed {resumed.file.path.name}" if resumed else ""),
+        + (f"; resumed {resumed.file.path.name}" if resumed else "")
+        + ("; from its beginning, since there is no checkpoint" if begins_again else ""),
         echo=is_first,
     )
     log.line(
@@ -199,7 +211,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     )
     mfu = "no MFU: its peak is unknown" if peak_flops(device, dtype) is None else "MFU beside the rate"
     log.line(f"computes in {str(dtype).removeprefix('torch.')} on {device}; {mfu}", echo=is_first)
-    if (resumed and resumed.file.rank != identity.rank) or (not resumed and options.run.init_from):
+    if inherits or (not resumed and options.run.init_from):
         trainer.saving.begin("where it starts")  # what it came from lies elsewhere, and may go
     del resumed  # a whole state
     if device.type == "cpu":

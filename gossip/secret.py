@@ -69,7 +69,10 @@ def _read(path: Path) -> bytes:
             raise UserError(f"expected {path} to be yours, got owner {status.st_uid}: remove it, or set {VARIABLE}")
         if status.st_mode & 0o077:
             mode = stat.S_IMODE(status.st_mode)
-            raise UserError(f"expected {path} with mode 600, got {mode:o}: others may know the secret, so remove it")
+            raise UserError(
+                f"expected {path} with mode 600, got {mode:o}: others may know the secret, so remove it, "
+                f"or set {VARIABLE} where files have no modes"
+            )
         return _parse(file.read(4096), str(path))
 
 

@@ -40,6 +40,19 @@ def atomic_write(path: Path, content: bytes | str, durable: bool = True) -> None
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_once(path: Path, content: str) -> bool:
+    """Write `content` to `path`, whole and durably, unless something is there: False then. Raises OSError."""
+    draft = temporary_name(path)
+    atomic_write(draft, content)
+    try:
+        os.link(draft, path)  # unlike a rename, fails where another was first
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink()
+    return True
+
+
 def temporary_name(path: Path) -> Path:
     """A hidden name beside `path` that no other thread or process uses, on any host that shares the folder."""
     writer = f"{_host_word()}.{os.getpid()}.{threading.get_ident()}"

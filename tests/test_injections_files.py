@@ -91,6 +91,7 @@ def test_a_rank_killed_in_a_save_goes_on_from_the_newest_whole_checkpoint(world,
     process.send_signal(signal.SIGUSR1)
     (whole,) = world.eventually(world.checkpoints)
     world.eventually(lambda: (world.run / "latest.pt").exists())
+    world.eventually(lambda: f"saved {whole.path.name}" in world.log(0))  # the next writes are the next save's
     name, when = call.split(":")
     with attached(process.pid, world.cwd / "trace", "-e", CALLS, "-e", f"inject={name}:signal=SIGKILL:{when}"):
         process.send_signal(signal.SIGUSR1)
@@ -290,9 +291,9 @@ def test_checkpoints_that_go_while_a_rank_loads_them_are_passed_over(series, tex
             assert world.ended(0) == 0, world.said(process)
     finally:
         world.close()
-    first, second = (line for line in world.said(process).splitlines() if "passes over" in line)
-    assert newest.name in first and os.strerror(errno.ESTALE) in first
-    assert older.name in second and "no such file" in second
+    again, *passed = (line for line in world.said(process).splitlines() if line.startswith("warning: rank 0"))
+    assert newest.name in again and os.strerror(errno.ESTALE) in again and "again in 1 s" in again
+    assert all(path.name in line and "no such file" in line for path, line in zip((newest, older), passed, strict=True))
     assert f"resumed {oldest.name}" in world.said(process)
 
 

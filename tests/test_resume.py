@@ -11,7 +11,7 @@ import train
 from bench.injection import Injection
 from runtime.errors import UserError
 from runtime.ranks import BEGAN
-from training import checkpoint
+from training import checkpoint, setup
 from training.checkpoint import list_checkpoints, read_checkpoint
 
 QUIET = ["--save_every", "1000", "--val_every", "0", "--log_every", "5"]
@@ -153,10 +153,76 @@ def test_resume_refuses_a_run_without_a_whole_checkpoint(run_train):
         file.path.write_bytes(file.path.read_bytes()[:-100])
     with pytest.raises(UserError, match="whole checkpoint"):
         train.main(["--resume", "run", "--train_steps", "4"])
-    for file in list_checkpoints(run_dir):
-        file.path.unlink()
-    with pytest.raises(UserError, match="checkpoint to resume"):
-        train.main(["--resume", "run", "--train_steps", "4"])
+
+
+def test_resume_begins_a_run_again_that_was_stopped_before_its_first_checkpoint(run_train, capsys):
+    run_dir = run_train("run", "--train_steps", "10", *QUIET)
+    expected = newest(run_dir)
+    for path in run_dir.glob("*.pt"):
+        path.unlink()
+    rows = (run_dir / "metrics" / "rank_0000.tsv").read_text()
+    assert train.main(["--resume", "run", "--train_steps", "10"]) == 0
+    assert "from its beginning, since there is no checkpoint" in capsys.readouterr().err
+    assert_same(expected["model_state_dict"], newest(run_dir)["model_state_dict"])
+    assert (run_dir / "metrics" / "rank_0000.tsv.1").read_text() == rows
+    assert len(metrics_rows(run_dir)) == 2
+
+
+@pytest.mark.injects(Injection.DISK_ERROR)
+def test_resume_waits_for_a_checkpoint_that_cannot_be_read_for_a_while(run_train, monkeypatch, capsys):
+    monkeypatch.setattr(setup, "READ_AGAIN_SECONDS", (0.1, 30.0))
+    run_dir = run_train("run", "--train_steps", "20", "--save_every", "10", *QUIET[2:])
+    file = list_checkpoints(run_dir)[-1].path
+    away = file.rename(run_dir / "away")
+    file.mkdir()  # open() fails with an error that is no damage
+    waits = []
+
+    def mend(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            file.rmdir()
+            away.rename(file)
+
+    monkeypatch.setattr(setup.time, "sleep", mend)
+    assert train.main(["--resume", "run", "--train_steps", "30"]) == 0
+    assert waits[:2] == [0.1, 30.0] and f"resumed {file.name}" in capsys.readouterr().err
+
+
+@pytest.mark.injects(Injection.DISK_ERROR, Injection.RESTART)
+def test_a_restarted_rank_does_not_begin_again_where_checkpoints_cannot_be_read(
+    run_train, monkeypatch, capsys, restarted
+):
+    monkeypatch.setattr(setup, "READ_AGAIN_SECONDS", ())
+    run_dir = run_train("run", "--train_steps", "2", *QUIET)
+    (file,) = list_checkpoints(run_dir)
+    away = file.path.rename(run_dir / "away")
+    file.path.mkdir()
+    restarted()
+    assert train.main(["--resume", "run", "--train_steps", "4"]) == 1
+    assert "Is a directory" in capsys.readouterr().err
+    file.path.rmdir()
+    away.rename(file.path)
+    assert train.main(["--resume", "run", "--train_steps", "4"]) == 0
+    assert newest(run_dir)["step"] == 4 and not list(run_dir.glob("archive_*"))
+
+
+def test_lack_of_memory_is_no_damage_of_a_checkpoint(run_train, monkeypatch):
+    run_dir = run_train("run", "--train_steps", "2", *QUIET)
+    monkeypatch.setattr(checkpoint.torch, "load", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(checkpoint.UnreadableError, match="can't allocate memory"):
+        read_checkpoint(list_checkpoints(run_dir)[-1].path)
+
+
+def test_any_rank_describes_a_new_run_and_goes_on_in_it(run_train, monkeypatch, restarted):
+    """Rank 0 may never come so far."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    flags = ["--gossip_host", "127.0.0.1", *QUIET]
+    run_dir = run_train("run", "--train_steps", "4", *flags)
+    restarted()
+    run_train("run", "--train_steps", "6", *flags)
+    assert newest(run_dir, rank=1)["step"] == 6 and newest(run_dir, rank=1)["training"]["totals"]["lineage"] == 6
+    assert not list(run_dir.glob("archive_*")) and [row["step"] for row in metrics_rows(run_dir, 1)] == ["5"]
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
@@ -279,14 +345,6 @@ def test_a_restarted_rank_begins_again_where_nobody_has_a_checkpoint(run_train, 
     assert newest(run_dir)["training"]["totals"]["lineage"] == 5
     assert len(seekers) == 1  # with peers, it would take theirs at the first conversation
     assert ("passes over" in capsys.readouterr().err) == (lost == "broken")
-
-
-def test_a_resumed_run_without_a_checkpoint_is_a_mistake_if_it_was_not_restarted(run_train):
-    run_dir = run_train("run", "--train_steps", "10", *QUIET)
-    for path in run_dir.glob("*.pt"):
-        path.unlink()
-    with pytest.raises(UserError, match="none"):
-        train.main(["--resume", "run"])
 
 
 @pytest.mark.injects(Injection.FRESH_RESTART)

@@ -4,7 +4,7 @@ import pytest
 
 from runtime.errors import UserError
 from training.checkpoint import checkpoint_name
-from training.retention import retire_later
+from training.retention import retire_from
 from training.succession import Launch, claim_launch, newest_launch, resume_sources
 
 
@@ -73,7 +73,7 @@ def test_a_line_that_ended_does_not_pass_for_the_newest(tmp_path):
     save(tmp_path, 0, 60, 3.0)
     save(tmp_path, 1, 40, 1.0)
     assert first(tmp_path, 0, 1) == (1, 40, True)
-    retire_later(tmp_path, 0, 40)
+    retire_from(tmp_path, 0, 41)
     assert len(list(tmp_path.glob("archive_*.pt"))) == 2
     save(tmp_path, 0, 45, 0.5)
     assert first(tmp_path, 0, 1) == (0, 45, True)
@@ -99,3 +99,15 @@ def test_claim_launch_refuses_ranks_of_different_worlds(tmp_path, monkeypatch):
 def test_resume_sources_refuse_a_run_without_checkpoints(tmp_path):
     with pytest.raises(UserError, match="none"):
         resume_sources(tmp_path, 0, 1)
+
+
+def test_an_heir_of_equal_step_goes_on_however_often_it_is_started_before_its_next_save(tmp_path):
+    begin(tmp_path, 4)
+    for rank, loss in enumerate((3.0, 1.0, 2.0, 0.5)):
+        save(tmp_path, rank, 10, loss)
+    assert first(tmp_path, 0, 2) == (3, 10, True)
+    retire_from(tmp_path, 0, 10)
+    assert first(tmp_path, 0, 2) == (3, 10, True)
+    save(tmp_path, 0, 10, 0.5)  # where it starts
+    found = resume_sources(tmp_path, 0, 2)[0].file
+    assert (found.rank, found.step, found.loss) == (0, 10, 0.5)

@@ -6,6 +6,7 @@ needs). It ends with a digest (training/digest.py), which is checked before anyt
 weights_only=True: a checkpoint can not run code.
 """
 
+import errno
 import pickle
 import re
 import zipfile
@@ -19,6 +20,7 @@ from gossip.state import Schema
 from mingru.foreign import convert
 from mingru.minLM import MinLM, MinLMState, ModelConfig, uninitialised
 from runtime.errors import UserError
+from runtime.exhaustion import as_memory_error
 from runtime.files import atomic_writer
 from training.digest import SealedFile, is_sealed
 
@@ -28,7 +30,8 @@ TRAINING_FORMAT = 2  # of `training`: counts up whenever resuming needs other th
 _NAME = re.compile(r"checkpoint_rank_(\d{4,})_step_(\d{6,})_loss_(\d+\.\d{4}|NA)\.pt")
 
 
-# What torch.load raises for bytes that are no checkpoint, or one with a bit flipped: it may fail at any of its steps.
+# What torch.load raises for bytes that are no checkpoint, or one with a bit flipped: it may fail at any of its steps, a
+# seek to a place that cannot be among them.
 _DAMAGE = (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError, LookupError, TypeError, AttributeError,
            AssertionError)  # fmt: skip
 _OWN_KEYS = {"model_config", "model_state_dict", "step", "loss"}
@@ -38,6 +41,10 @@ _TRAINING_KEYS = {"family", "tensors", "scalars", "state", "lanes", "totals", "m
 
 class CheckpointError(UserError):
     """A file that is no whole checkpoint of the wanted kind."""
+
+
+class UnreadableError(CheckpointError):
+    """A file that the filesystem did not give, or that memory had no room for: it may be whole, and readable later."""
 
 
 class OtherVersionError(CheckpointError):
@@ -125,12 +132,12 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     """The content of a .pt file, tensors on the CPU; mapped: their bytes are read when touched.
 
     A mapped file must stay: where another host may remove it, touching it later would kill the process.
-    Raises CheckpointError for a file that is missing, unreadable, truncated, changed since it was written, or needs
-    more than weights_only.
+    Raises CheckpointError for a file that is missing, unreadable (UnreadableError), truncated, changed since it was
+    written, or needs more than weights_only.
     """
     try:
         behind = path.resolve()  # what a link of the run leads to may change, and what a checkpoint's own name does not
-        with open(behind, "rb") as file:
+        with as_memory_error(), open(behind, "rb") as file:
             file.read(1)  # a disk's error is raised here: is_zipfile() would answer no
             if not zipfile.is_zipfile(file):  # torch's own words for it are of pickles and versions
                 raise ValueError("none, or cut")
@@ -139,9 +146,11 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
             content = torch.load(behind if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"expected a checkpoint at {path}, got no such file: check the path") from None
-    except _DAMAGE as error:
+    except (*_DAMAGE, MemoryError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"expected a whole checkpoint, got {path} ({reason}): choose another file") from None
+        damaged = not isinstance(error, OSError | MemoryError) or getattr(error, "errno", None) == errno.EINVAL
+        kind = CheckpointError if damaged else UnreadableError
+        raise kind(f"expected a whole checkpoint, got {path} ({reason}): choose another file") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"expected a checkpoint, got a {type(content).__name__} in {path}: choose another file")
     ours = str(content.get("format", "")).startswith(_FORMATS)

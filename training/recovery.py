@@ -54,7 +54,10 @@ class Recovery:
         trainer.saving.finish()  # it may be the newest
         trainer.before_write()
         source = None
-        newest_first = [file for file in reversed(list_checkpoints(run.path)) if file.rank == run.rank]
+        try:
+            newest_first = [file for file in reversed(list_checkpoints(run.path)) if file.rank == run.rank]
+        except OSError as error:  # started again, it finds them as soon as they are there
+            raise TrainingDiverged(f"loss is non-finite, and {run.path} unreadable ({error.strerror})") from None
         for file in newest_first[self._returns - 1 :] or newest_first[-1:]:
             try:
                 training = read_own_checkpoint(file.path)["training"]

@@ -37,9 +37,12 @@ class Rejuvenation:
                     trainer.event("rejuvenation_failed", str(error).partition("\n")[0])
                 except MemoryError as error:
                     trainer.event("rejuvenation_failed", str(error) or NO_MEMORY)
+                except OSError as error:
+                    trainer.event("rejuvenation_failed", f"{trainer.parts.run.path}: {error.strerror}")
 
     def _rejuvenate(self) -> None:
-        """Raises CheckpointError where no elite serves, or that memory is out; the weights are then as they were."""
+        """Raises CheckpointError where no elite serves, OSError, or that memory is out; the weights are then as they
+        were."""
         trainer = self._trainer
         options, schema = trainer.options.population, trainer.parts.schema
         chosen = self._choose()

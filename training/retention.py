@@ -4,13 +4,14 @@ Works on names alone, so any rank may do it at any moment, and two at once do no
 the folder is as it should be.
 """
 
+import itertools
 import os
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.files import TEMPORARY_SUFFIX, replace_symlink, stale_temporaries, temporary_name
+from runtime.files import TEMPORARY_SUFFIX, replace_symlink, stale_temporaries
 from training.checkpoint import CheckpointFile, best_first, list_checkpoints
 
 _ARCHIVE = re.compile(r"archive_(\d{3,})\.pt")
@@ -45,13 +46,13 @@ def tidy(run_dir: Path, policy: RetentionPolicy, dice: random.Random) -> None:
             return
 
 
-def retire_later(run_dir: Path, rank: int, step: int) -> None:
-    """Archive the rank's checkpoints of steps after `step`, which it goes on from: they belong to a line that ended.
+def retire_from(run_dir: Path, rank: int, step: int) -> None:
+    """Archive the rank's checkpoints of `step` and later steps: they belong to a line that ended.
 
     Left in place, they would pass for its newest. Raises OSError.
     """
     for file in list_checkpoints(run_dir):
-        if file.rank == rank and file.step > step:
+        if file.rank == rank and file.step >= step:
             _retire(file.path, archive=True)
 
 
@@ -115,19 +116,21 @@ def _point_links(run_dir: Path, links: dict[str, str]) -> bool:
 
 
 def _retire(path: Path, archive: bool) -> None:
-    claimed = temporary_name(path.with_name(f"retired_{path.name}"))  # whose rank may start, and remove its leftovers
-    try:
-        os.rename(path, claimed)  # of several ranks that retire a file at once, one gets it
-    except FileNotFoundError:
+    """Remove a checkpoint, or give it the archive's next name. Of several ranks that do so at once one does."""
+    if not archive:
+        path.unlink(missing_ok=True)
         return
-    if archive:
-        taken = [int(match[1]) for match in map(_ARCHIVE.fullmatch, os.listdir(path.parent)) if match]
-        number = max(taken, default=0) + 1
-        while True:
-            try:
-                # A link, unlike a rename, fails where another rank has just taken the number.
-                os.link(claimed, path.with_name(f"archive_{number:03d}.pt"))
-                break
-            except FileExistsError:
-                number += 1
-    claimed.unlink()
+    taken = [int(match[1]) for match in map(_ARCHIVE.fullmatch, os.listdir(path.parent)) if match]
+    for number in itertools.count(max(taken, default=0) + 1):
+        place = path.with_name(f"archive_{number:03d}.pt")
+        try:
+            os.link(path, place)  # unlike a rename, fails where another rank has just taken the number
+        except FileExistsError:
+            continue
+        except FileNotFoundError:  # another rank has retired it
+            return
+        break
+    try:
+        path.unlink()
+    except FileNotFoundError:  # while we linked it, another rank did, or removed it
+        place.unlink()

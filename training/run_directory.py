@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from mingru.minLM import ModelConfig
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, write_once
 from runtime.ranks import Identity
 from runtime.stderr import say
 from training.fitness import DESCRIPTIONS
@@ -111,7 +111,8 @@ class RunDirectory:
         except (FileNotFoundError, NotADirectoryError):
             got = "without config.json" if self.path.is_dir() else "which is no folder"
             raise UserError(
-                f"expected a run directory to resume, got {self.path}, {got}: check the path, or start a new run"
+                f"expected a run directory to resume, got {self.path}, {got}: check the path, or remove "
+                "it and start a new run"
             ) from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"expected a readable config.json in {self.path}, got {error}: mend the file") from None
@@ -119,7 +120,8 @@ class RunDirectory:
     def write_config(
         self, options: Options, model: ModelConfig, parameters: int, identity: Identity, device: str, is_new: bool
     ) -> None:
-        """Write config.json: all options resolved, the model, and what is needed to repeat the run.
+        """Write config.json: all options resolved, the model, and what is needed to repeat the run. A new run's is
+        whichever rank's comes first: they agree on all that matters, and any of them may be the first to fail.
 
         Raises UserError where a new run's cannot be written; a run that goes on has one, and goes on with that.
         """
@@ -139,8 +141,12 @@ class RunDirectory:
             "working_directory": os.getcwd(),  # where logs/ and gossip_logs/ are
             "device": device,
         }
+        text = json.dumps(content, indent=2) + "\n"
         try:
-            atomic_write(self.config, json.dumps(content, indent=2) + "\n")
+            if is_new:
+                write_once(self.config, text)
+            else:
+                atomic_write(self.config, text)
         except OSError as error:
             if is_new:
                 raise UserError(f"expected a writable --output, got {self.path}: {error.strerror}") from None

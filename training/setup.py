@@ -6,6 +6,7 @@ import os
 import resource
 import secrets
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,7 @@ import torch
 from gossip.decision import Policy
 from gossip.evolutionary_node import GossipConfig
 from gossip.network_utils import choose_address, listen
-from gossip.secret import VARIABLE, run_secret
+from gossip.secret import FILE_NAME, VARIABLE, run_secret
 from gossip.state import Rule
 from mingru.minLM import MinLM, ModelConfig
 from mingru.scan import chosen_backend
@@ -30,6 +31,7 @@ from training.checkpoint import (
     CheckpointError,
     CheckpointFile,
     OtherVersionError,
+    UnreadableError,
     list_checkpoints,
     read_for_use,
     read_own_checkpoint,
@@ -44,6 +46,7 @@ from training.succession import resume_sources
 
 CONV_KERNEL_SIZE = 4  # as in the paper's language model
 DEFAULT_PARAMETERS = 15 * 1024**2
+READ_AGAIN_SECONDS = (1.0, 4.0, 15.0)  # after which a checkpoint that could not be read is read again
 
 
 @dataclass(frozen=True)
@@ -92,21 +95,38 @@ def _resumed_options(given: Mapping[str, Any], run: RunDirectory) -> Options:
 def read_resumed(run: RunDirectory, identity: Identity) -> Resumed | None:
     """The checkpoint to go on from: the first whole one of the candidates; those passed over are named.
 
-    None, for a rank that was restarted, where nobody has one: the others train, and it begins again. Raises UserError
-    where there is none, or one of another version: that one's work is whole, and is not to be begun again.
+    None where nobody has saved one yet, and, for a rank that was restarted, where none is whole: it begins again.
+    Raises UserError where none is whole, or could be read, or the first is of another version: that one's work is
+    whole, and is not to be begun again.
     """
-    if identity.restarts and not list_checkpoints(run.path):
+    if not list_checkpoints(run.path):
         return None
+    unreadable = None
     for source in resume_sources(run.path, identity.rank, identity.world_size):
         try:
-            return Resumed(source.file, read_own_checkpoint(source.file.path), source.moves)
+            return Resumed(source.file, _read_patiently(source.file.path, identity.rank), source.moves)
         except OtherVersionError:
             raise
         except CheckpointError as error:
             say(f"warning: rank {identity.rank} passes over a checkpoint: {error}")
+            unreadable = str(error) if isinstance(error, UnreadableError) else unreadable
+    if unreadable is not None:
+        raise UnreadableError(unreadable)
     if identity.restarts:
         return None
     raise UserError(f"expected a whole checkpoint to resume, got none in {run.path}: start a new run")
+
+
+def _read_patiently(path: Path, rank: int) -> dict[str, Any]:
+    """read_own_checkpoint(), again after a while where the file could not be read: what is passed over for an older one
+    is work to be done again, and most troubles of a filesystem end."""
+    for pause in READ_AGAIN_SECONDS:
+        try:
+            return read_own_checkpoint(path)
+        except UnreadableError as error:
+            say(f"warning: rank {rank} reads a checkpoint again in {pause:g} s: {error}")
+            time.sleep(pause)
+    return read_own_checkpoint(path)
 
 
 def choose_model(options: Options, given: Mapping[str, Any], resumed: Resumed | None) -> ModelConfig:
@@ -286,6 +306,13 @@ def check_environment(device: torch.device) -> None:
     check_triton(device)
     if VARIABLE in os.environ:
         run_secret(None, os.environ)
+
+
+def check_secret(options: Options, run: RunDirectory) -> None:
+    """Raise UserError for a secret that is there and will not do, or that nobody could make."""
+    makes_one = options.population.filesystem_coordinator and VARIABLE not in os.environ
+    if not makes_one or (run.population / FILE_NAME).exists():
+        choose_secret(options, run)
 
 
 def choose_secret(options: Options, run: RunDirectory) -> bytes:

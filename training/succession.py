@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, temporary_name
+from runtime.files import write_once
 from training.checkpoint import CheckpointFile, best_first, list_checkpoints
 
 _LAUNCH = re.compile(r"launch_(\d{4,})\.json")
@@ -47,21 +47,15 @@ def claim_launch(population: Path, launch: Launch) -> Launch:
     """
     number = max(_launches(population), default=0) + 1
     path = population / f"launch_{number:04d}.json"
-    draft = temporary_name(path)
-    atomic_write(draft, json.dumps(asdict(launch)) + "\n")
-    try:
-        os.link(draft, path)  # unlike a rename, fails where another rank was first
+    if write_once(path, json.dumps(asdict(launch)) + "\n"):
         return launch
-    except FileExistsError:
-        other = _read(path)
-        if other.world_size != launch.world_size:
-            raise UserError(
-                f"expected all ranks to be started with one world size, got {launch.world_size} here and "
-                f"{other.world_size} in {path}: start them again"
-            ) from None
-        return other
-    finally:
-        draft.unlink()
+    other = _read(path)
+    if other.world_size != launch.world_size:
+        raise UserError(
+            f"expected all ranks to be started with one world size, got {launch.world_size} here and "
+            f"{other.world_size} in {path}: start them again"
+        )
+    return other
 
 
 def newest_launch(population: Path) -> Launch | None:

@@ -1,5 +1,6 @@
 import math
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,44 @@ def test_metrics_rewind_drops_what_will_be_written_again_and_torn_lines(tmp_path
     metrics.rewind(20)
     metrics.append({"rank": 0, "step": 30})
     assert [row["step"] for row in rows(metrics.path)] == ["10", "20", "30"]
+
+
+def test_metrics_rewind_keeps_the_rows_of_a_version_with_other_columns(tmp_path):
+    metrics = MetricsFile(tmp_path / "rank_0000.tsv")
+    metrics.path.write_text("step\trank\tloss\tforgotten\n10\t3\t1.25\t7\n20\t3\t1.125\t7\n")
+    metrics.rewind(10)
+    metrics.append({"rank": 3, "step": 20, "lr": 0.5})
+    old, new = rows(metrics.path)
+    assert tuple(old) == tuple(new) == COLUMNS
+    assert (old["rank"], old["step"], old["loss"], old["lr"]) == ("3", "10", "1.25", "NA")
+    assert (new["rank"], new["step"], new["loss"], new["lr"]) == ("3", "20", "NA", "0.5")
+
+
+def test_metrics_rewind_drops_a_row_that_was_cut_in_its_last_cell(tmp_path):
+    metrics = MetricsFile(tmp_path / "rank_0000.tsv")
+    metrics.create()
+    for step in (10, 20):
+        metrics.append({"rank": 0, "step": step, "grad_clip": 1.25})
+    metrics.path.write_bytes(metrics.path.read_bytes()[:-2])
+    metrics.rewind(20)
+    assert [row["step"] for row in rows(metrics.path)] == ["10"]
+
+
+def test_metrics_append_begins_a_new_line_after_one_that_a_full_disk_has_cut(tmp_path):
+    metrics = MetricsFile(tmp_path / "rank_0000.tsv")
+    metrics.create()
+    metrics.append({"rank": 0, "step": 10})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.path.stat().st_size + 9, limit[1]))
+        with pytest.raises(OSError, match="File too large"):
+            metrics.append({"rank": 0, "step": 20})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    metrics.append({"rank": 0, "step": 30})
+    first, torn, last = metrics.path.read_text().splitlines()[1:]
+    assert len(torn) == 9
+    assert [line.split("\t")[:2] for line in (first, last)] == [["0", "10"], ["0", "30"]]
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"0\tNA" + b"\tNA" * (len(COLUMNS) - 2) + b"\n", bytes(50) + b"\n"])

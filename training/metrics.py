@@ -1,9 +1,10 @@
 """What a run says of itself: metrics/rank_0000.tsv, logs/train_<run>_rank_0000.log and the progress bar."""
 
-import csv
 import math
+import os
 import sys
 import time
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,22 +39,22 @@ class MetricsFile:
         """Make the file, with its header. Raises FileExistsError if there is one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "x") as file:
-            file.write("\t".join(COLUMNS) + "\n")
+            file.write(_line(COLUMNS))
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`, which a resumed run is about to write again, and damaged ones; make the file if
-        it is missing. Raises OSError.
+        it is missing. Rows of a version with other columns are brought into these. Raises OSError.
         """
         if not self.path.exists():
             self.create()
             return
         with open(self.path, newline="", errors="replace") as file:
-            lines = file.read().splitlines()
-        position = COLUMNS.index("step")
-        rows = [line.split("\t") for line in lines[1:]]
-        whole = [row for row in rows if len(row) == len(COLUMNS) and row[position].isdecimal()]
-        kept = [row for row in whole if int(row[position]) <= step]
-        atomic_write(self.path, "\n".join("\t".join(row) for row in [COLUMNS, *kept]) + "\n")
+            lines = file.read().split("\n")[:-1]  # what follows the last line's end was cut
+        header, *table = (line.split("\t") for line in lines or [""])
+        rows = [dict(zip(header, cells, strict=True)) for cells in table if len(cells) == len(header)]
+        kept = [row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) <= step]
+        table = [COLUMNS, *([row.get(name, MISSING) for name in COLUMNS] for row in kept)]
+        atomic_write(self.path, "".join(_line(cells) for cells in table))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row; columns that `row` lacks, or None or not a number in it, are NA. Raises OSError.
@@ -63,9 +64,14 @@ class MetricsFile:
         if not self.path.exists():
             self.path.parent.mkdir(exist_ok=True)
             self.create()
-        with open(self.path, "a", newline="") as file:
-            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-            writer.writerow([_cell(row.get(name)) for name in COLUMNS])
+        with open(self.path, "a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            cut = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"  # the disk was full within a line
+            file.write(("\n" * cut + _line(_cell(row.get(name)) for name in COLUMNS)).encode())
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "\t".join(cells) + "\n"
 
 
 def _cell(value: Any) -> str:

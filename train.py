@@ -101,7 +101,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     memory = estimate_memory(parameters, options.population.gossip_payload)
     check_memory(memory, device, max(1, identity.local_world_size))
     heredity = setup.heredity(options, identity)
-    corpus, training_region, held_out = setup.open_data(options)
+    training_region, held_out = setup.open_data(options)
     probe_region, held_out = split_probe(training_region, held_out)
     lanes = LaneReader(
         training_region, options.data.batch_size, options.data.chunk_size,
@@ -157,8 +157,8 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     objections = Objections(weights, genes, lr_evolves="lr" in heredity.values)
     node = EvolutionaryNode(
         identity=identity, run_id=setup.run_identity(run), run_dir=run.path, listener=listener,
-        schema=Schema.of(travelling, weights.rules, setup.terms(options, weights, corpus)), live=travelling,
-        scalars=weights.scalars, config=population, event_log=events,
+        schema=Schema.of(travelling, weights.rules, setup.terms(options, weights, training_region, held_out)),
+        live=travelling, scalars=weights.scalars, config=population, event_log=events,
         seed=options.optimizer.seed, leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
         judge=fitness.judge, known=lambda: fitness.known, genes=genes,
         objection=lambda peer: objections.to(peer.buffer.views, peer.scalars, peer.genes),

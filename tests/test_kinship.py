@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+import train
 from bench.injection import Injection
 from gossip.evolutionary_node import EvolutionaryNode
 from gossip.faults import Fault
@@ -82,19 +83,70 @@ def test_nodes_of_other_versions_have_other_schemas_even_past_the_opening(tmp_pa
         meet(one, other, Fault.SCHEMA_MISMATCH, Fault.SCHEMA_MISMATCH)
 
 
-@pytest.mark.injects(Injection.WRONG_DATA)
-def test_train_gives_ranks_on_other_data_other_schemas(run_train, text, tmp_path, monkeypatch):
-    hashes, real = [], EvolutionaryNode.__init__
+@pytest.fixture
+def hashes(monkeypatch):
+    """The hashes of the schemas of the nodes that train.py makes, in the order it makes them."""
+    found, real = [], EvolutionaryNode.__init__
 
     @functools.wraps(real)
     def seen(node, *arguments, schema, **named):
-        hashes.append(schema.hash)
+        found.append(schema.hash)
         real(node, *arguments, schema=schema, **named)
 
     monkeypatch.setattr(EvolutionaryNode, "__init__", seen)
+    return found
+
+
+@pytest.mark.injects(Injection.WRONG_DATA)
+def test_train_gives_ranks_on_other_data_other_schemas(run_train, text, tmp_path, hashes):
     content = text.read_bytes()
     other = tmp_path / "other.txt"
     other.write_bytes(content.replace(b"quick", b"quack", 1))  # as long, and a letter of it differs
     for number, data in enumerate((text, text, other)):
         run_train(f"run_{number}", "--train_steps", "1", "--data", str(data))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed", "7"],
+        ["--val_fraction", "0.25"],
+        ["--val_fraction", "0"],
+        ["--val_data", "other.txt"],
+        ["--init_from", "run"],
+    ],
+    ids=" ".join,
+)
+def test_train_gives_ranks_of_another_start_or_other_held_out_bytes_other_schemas(
+    run_train, text, tmp_path, hashes, flags
+):
+    (tmp_path / "other.txt").write_bytes(text.read_bytes()[::-1])
+    run_train("run", "--train_steps", "1")
+    run_train("another", "--train_steps", "1", *flags)
+    assert hashes[0] != hashes[1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lr", "0.1"],
+        ["--batch_size", "3"],
+        ["--probe_every", "7"],
+        ["--dtype", "bf16"],
+        ["--val_fraction", "0.05001"],  # the same bytes
+    ],
+    ids=" ".join,
+)
+def test_train_lets_ranks_meet_that_train_otherwise(run_train, hashes, flags):
+    run_train("run", "--train_steps", "1")
+    run_train("another", "--train_steps", "1", *flags)
+    assert hashes[0] == hashes[1]
+
+
+def test_train_gives_ranks_that_begin_from_one_file_one_schema_whatever_their_seed(run_train, hashes):
+    run_train("first", "--train_steps", "1")
+    for seed in ("1", "2"):
+        run_train(f"run_{seed}", "--train_steps", "1", "--init_from", "first", "--seed", seed)
+    train.main(["--resume", "run_1", "--train_steps", "2"])
+    assert hashes[0] != hashes[1] == hashes[2] == hashes[3]

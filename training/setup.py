@@ -160,8 +160,8 @@ def choose_model(options: Options, given: Mapping[str, Any], resumed: Resumed | 
     return dataclasses.replace(config, dropout=wanted.dropout)
 
 
-def open_data(options: Options) -> tuple[Corpus, Region, Region | None]:
-    """The corpus, the part to train on and the part held out."""
+def open_data(options: Options) -> tuple[Region, Region | None]:
+    """The part to train on and the part held out."""
     data = options.data
     if not data.data:
         raise UserError("expected --data with files, folders or globs, got none: name the bytes to train on")
@@ -176,7 +176,7 @@ def open_data(options: Options) -> tuple[Corpus, Region, Region | None]:
         training_region, held_out = corpus.split(data.val_fraction)
     if options.run.val_every and held_out is not None and len(held_out) < 2:
         raise UserError(f"expected at least 2 held-out bytes, got {len(held_out)}: give more data or --val_every 0")
-    return corpus, training_region, held_out
+    return training_region, held_out
 
 
 def initial_weights(options: Options, config: ModelConfig, resumed: Resumed | None) -> dict[str, torch.Tensor]:
@@ -205,8 +205,14 @@ def run_identity(run: RunDirectory) -> str:
     return hashlib.sha256(run.name.encode()).hexdigest()[:32]
 
 
-def terms(options: Options, weights: TrainedWeights, corpus: Corpus) -> dict[str, Any]:
-    """What both ends of an exchange must have in common, besides the tensors."""
+def terms(
+    options: Options, weights: TrainedWeights, training_region: Region, held_out: Region | None
+) -> dict[str, Any]:
+    """What both ends of an exchange must have in common, besides the tensors.
+
+    Weights of unrelated beginnings have no mean worth having, and one that trained on what another holds out would win
+    by that.
+    """
     population = options.population
     return {
         "optimizer": weights.family,
@@ -219,7 +225,10 @@ def terms(options: Options, weights: TrainedWeights, corpus: Corpus) -> dict[str
         "least_effect": population.gossip_least_effect,
         "wire_dtype": population.gossip_wire_dtype,
         "evolve": ",".join(evolving(options)),
-        "data": corpus.fingerprint,
+        "data": training_region.corpus.fingerprint,
+        "training_bytes": len(training_region),
+        "held_out": None if held_out is None else held_out.corpus.fingerprint,
+        "initial_seed": options.optimizer.seed if options.run.init_from is None else None,
     }
 
 

@@ -11,7 +11,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# Settings; the environment overrides them. RANKS: default one per GPU. THREADS_PER_RANK: default cores / RANKS.
+# Settings; the environment overrides them. RANKS: default one per GPU; as many as it had for a run that is resumed.
+# THREADS_PER_RANK: default cores / RANKS.
 # CORES: the cores of each rank, as "0-7 8-15"; default: those near its GPU, shared with the ranks whose GPUs they are
 # near to as well.
 RANKS=${RANKS:-}
@@ -27,11 +28,14 @@ MERGE_METHOD=${MERGE_METHOD:-recombination}
 ALPHA=${ALPHA:-0.3}
 MAX_RESTARTS=${MAX_RESTARTS:-5}
 CORPUS=${CORPUS:-corpus/python_stdlib.txt}
-DEVICE=${DEVICE:---cuda}
-GOSSIP_HOST=${GOSSIP_HOST:-127.0.0.1}
 
 arguments=("$@")
 source runtime/launching.sh
+# Settings as well; a run that is resumed has its own, unless they are set.
+if ! given --resume; then
+    DEVICE=${DEVICE:---cuda}
+    GOSSIP_HOST=${GOSSIP_HOST:-127.0.0.1}
+fi
 ensure_venv requirements.txt
 if given --help -h; then
     exec "$VENV_PYTHON" train.py --help
@@ -46,7 +50,7 @@ ulimit -n "$(ulimit -H -n)" # sockets, and a descriptor for each mapped file
 
 run_ranks --ranks "${RANKS:-${#cores[@]}}" --cores "${cores[@]}" --max_restarts "$MAX_RESTARTS" \
     ${THREADS_PER_RANK:+--threads_per_rank "$THREADS_PER_RANK"} \
-    -- train.py "$DEVICE" --gossip_host "$GOSSIP_HOST" "${FLAGS[@]}" "$@"
+    -- train.py ${DEVICE:+"$DEVICE"} ${GOSSIP_HOST:+--gossip_host "$GOSSIP_HOST"} "${FLAGS[@]}" "$@"
 
 case $STATUS in 130 | 143) exit "$STATUS" ;; esac # a second signal
 if [ "$STATUS" -eq 2 ] && [ ! -e "$RUN_DIR/latest.pt" ]; then exit 2; fi # nothing was trained

@@ -36,8 +36,6 @@ MIXING_RATE=${MIXING_RATE:-0.01}
 MERGE_METHOD=${MERGE_METHOD:-recombination}
 ALPHA=${ALPHA:-0.3}
 CORPUS=${CORPUS:-corpus/python_stdlib.txt}
-DEVICE=${DEVICE:---rocm}
-GOSSIP_HOST=${GOSSIP_HOST:-hsn0}
 # VENV: the environment to stage. NVME: the node-local disk. MODULES: loaded where there is a module command.
 VENV=${VENV:-.venv}
 NVME=${NVME:-/mnt/bb/${USER:-$(id -un)}}
@@ -59,6 +57,11 @@ if [ ! -e runtime/launching.sh ]; then
 fi
 arguments=("$@")
 source runtime/launching.sh
+# Settings as well; a run that is resumed has its own, unless they are set.
+if ! given --resume; then
+    DEVICE=${DEVICE:---rocm}
+    GOSSIP_HOST=${GOSSIP_HOST:-hsn0}
+fi
 
 say() { echo "$(date '+%Y-%m-%d %H:%M:%S') $*" >&2; }
 
@@ -129,7 +132,7 @@ if ! ((requeue)); then
     srun --no-kill --kill-on-bad-exit=0 --wait=0 --label --cpus-per-task="$SLURM_CPUS_PER_TASK" \
         --cpu-bind="$CPU_BIND" --gpu-bind="$GPU_BIND" \
         "$NVME/venv/bin/python" -m runtime.launch --task \
-        -- train.py "$DEVICE" --gossip_host "$GOSSIP_HOST" "${FLAGS[@]}" "$@" &
+        -- train.py ${DEVICE:+"$DEVICE"} ${GOSSIP_HOST:+--gossip_host "$GOSSIP_HOST"} "${FLAGS[@]}" "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null && ((SECONDS < deadline)); do
         # A signal ends the wait, but not the step.

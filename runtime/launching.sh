@@ -3,14 +3,14 @@
 
 source runtime/venv.sh
 
-# given NAME ...: is one of these flags among the arguments? Leaves the last one's value in VALUE.
+# given NAME ...: is one of these flags among the arguments? Leaves the last one's value in VALUE, empty without one.
 given() {
     local name argument previous= found=1
     for argument in "${arguments[@]}"; do
         for name in "$@"; do
             case $previous in "$name") VALUE=$argument ;; esac
             case $argument in
-            "$name") found=0 ;;
+            "$name") found=0 VALUE= ;;
             "$name="*) found=0 VALUE=${argument#*=} ;;
             esac
         done
@@ -20,14 +20,19 @@ given() {
 }
 
 # choose_run DEFAULT: the run directory in RUN_DIR, that of the arguments or DEFAULT, and the settings as flags of
-# train.py in FLAGS. A run that is resumed goes on as it was started: only the arguments change it.
+# train.py in FLAGS. A run that is resumed goes on as it was started, with as many ranks unless RANKS is set: only the
+# arguments change it.
 choose_run() {
     RUN_DIR=$1 FLAGS=()
     if given --resume; then
-        RUN_DIR=$VALUE
+        take_folder --resume
+        if [ -z "${RANKS:-}" ]; then
+            # Without such a file train.py says what is wrong.
+            RANKS=$(sed -n 's/^  "world_size": \([0-9]*\).*/\1/p' -- "$RUN_DIR/config.json" 2>/dev/null || true)
+        fi
         return
     fi
-    if given --output; then RUN_DIR=$VALUE; fi
+    if given --output; then take_folder --output; fi
     FLAGS=(--output "$RUN_DIR" --batch_size "$BATCH_SIZE" --chunk_size "$CHUNK_SIZE" --save_every "$SAVE_EVERY"
         --val_every "$VAL_EVERY" --gossip_mixing_rate "$MIXING_RATE" --gossip_merge_method "$MERGE_METHOD"
         ${ALPHA:+--gossip_recombination_alpha "$ALPHA"})
@@ -37,6 +42,15 @@ choose_run() {
         ensure_corpus "$CORPUS" || return
         FLAGS+=(--data "$CORPUS")
     fi
+}
+
+# take_folder FLAG: the flag's value, which given has just left, as the run directory.
+take_folder() {
+    if [ -z "$VALUE" ]; then
+        echo "error: expected a folder after $1, got none: name it" >&2
+        exit 2
+    fi
+    RUN_DIR=$VALUE
 }
 
 # ensure_corpus FILE: make it from the Python standard library's own sources, unless there is one.

@@ -1,6 +1,7 @@
 """Ways to start a population: torchrun, by hand on two hosts, the scripts without Slurm; before that, check_gpus.sh."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from tests.hosts import network
 from tests.population import TALKS
 from tests.projects import make_project
 from tests.ranks import FLAGS, ROOT, World, clean_environment
+from tests.synthetic_run import write_run
 
 SECRET = "5e" * 32
 PIN = re.compile(r"\S+==\S+ +# \S.*")
@@ -77,6 +79,68 @@ def test_train_local_trains_shows_the_ranks_and_lets_the_best_speak(project, tex
     assert done.returncode == 0, done.stderr
     assert {file.rank for file in World(project, text, 2, run="runs/run").checkpoints()} == {0, 1}
     assert done.stdout.startswith("2 ranks (2 left) ") and "\ndef " in done.stdout
+
+
+# A rank that trains nothing, and writes down what it was told.
+TOLD = """
+import json, os, sys
+with open(f"told_{os.environ['RANK']}.json", "w") as file:
+    json.dump([os.environ["WORLD_SIZE"], sys.argv[1:]], file)
+"""
+
+
+@pytest.fixture
+def told(project, text):
+    """told(SCRIPT, ARGUMENT ..., SETTING=...): how many ranks the script starts, and with which arguments."""
+    (project / "train.py").unlink()
+    (project / "train.py").write_text(TOLD)
+    write_run(project / "runs" / "three", ranks=3, steps=200)
+
+    def asked(script, *arguments, **settings):
+        done = call(project, script, *arguments, **settings)
+        found = [json.loads(path.read_text()) for path in sorted(project.glob("told_*.json"))]
+        for path in project.glob("told_*.json"):
+            path.unlink()
+        assert found and all(one == found[0] for one in found) and len(found) == int(found[0][0]), done.stderr
+        return int(found[0][0]), found[0][1]
+
+    return asked
+
+
+@pytest.mark.parametrize("script", ["train.local.sh", "train.cuda.sh"])
+def test_a_resumed_run_goes_on_as_it_was_started(told, script):
+    assert told(script, "--resume", "runs/three", CORES="0") == (3, ["--resume", "runs/three"])
+    settings = {"RANKS": "2", "CORES": "0", "GOSSIP_HOST": "lo", "MAX_MINUTES": "7", "DEVICE": "--cpu"}
+    ranks, flags = told(script, "--resume=runs/three", "--lr", "1", **settings)
+    assert ranks == 2 and flags[-3:] == ["--resume=runs/three", "--lr", "1"]
+    own = ["--max_minutes", "7"] if script == "train.local.sh" else ["--cpu"]
+    assert flags[:-3] == [*own, "--gossip_host", "lo"]
+
+
+@pytest.mark.parametrize("script", ["train.local.sh", "train.cuda.sh"])
+def test_a_new_run_is_started_with_the_settings(told, text, script):
+    ranks, flags = told(script, "--data", str(text), RANKS="2", CORES="0")
+    assert ranks == 2 and flags[-2:] == ["--data", str(text)]
+    own = ["--max_minutes", "2"] if script == "train.local.sh" else ["--cuda"]
+    assert flags[: len(own) + 2] == [*own, "--gossip_host", "127.0.0.1"]
+    assert {"--output", "--batch_size", "--chunk_size", "--gossip_mixing_rate", "--dim"} <= set(flags)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--output", "--output="])
+@pytest.mark.parametrize("script", ["train.local.sh", "train.cuda.sh", "train.frontier.sh"])
+def test_a_folder_that_is_not_named_is_asked_for_in_one_line(project, script, flag):
+    job = {"SLURM_JOB_ID": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1", "VENV": ".venv"}
+    done = call(project, script, flag, RANKS="1", CORES="0", **job)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: expected a folder after {flag.rstrip('=')}, got none: name it\n"
+    assert not (project / "corpus").exists()  # found before anything is made
+
+
+def test_train_local_speaks_only_where_it_is_to(project, text):
+    small = {"RANKS": "1", "MODEL": "--dim 16 --depth 2", "CHUNK_SIZE": "32", "BATCH_SIZE": "2", "SAMPLE_PROMPT": ""}
+    done = call(project, "train.local.sh", "--data", str(text), "--train_steps", "3", "--output", "runs/run", **small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 rank (1 left)") and "best.pt, step" not in done.stderr
 
 
 def wheel(folder: Path, name: str, version: str) -> None:

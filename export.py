@@ -72,7 +72,10 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, metavar="PATH", help="a checkpoint, a run directory (its best.pt) or an exported folder")
-    add("--average", type=Path, nargs="+", metavar="PATH", help="average these instead; each like --model")
+    add(
+        "--average", type=Path, nargs="+", action="extend", metavar="PATH",
+        help="average these instead; each like --model",
+    )  # fmt: skip
     add("--output", type=Path, required=True, metavar="PATH", help="new checkpoint, NAME.pt, or new folder")
     add("--score", type=Path, metavar="FILE", help="print its bits per byte before and after")
     add(

@@ -199,8 +199,9 @@ def main(arguments: list[str]) -> int:
     who.add_argument("--ranks", type=int, metavar="N", help="processes to start on this host")
     who.add_argument("--task", action="store_true", help="one process: the rank that the environment tells of")
     parser.add_argument(
-        "--cores", nargs="+", type=parse_cores, metavar="LIST", help="cores of each rank, as 0-7 8-15 (default: any)"
-    )
+        "--cores", nargs="+", action="extend", type=parse_cores, metavar="LIST",
+        help="cores of each rank, as 0-7 8-15 (default: any)",
+    )  # fmt: skip
     parser.add_argument(
         "--threads_per_rank",
         type=int,

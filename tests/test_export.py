@@ -135,6 +135,12 @@ def test_export_average_is_scored_before_and_after(run_dir, tmp_path, held_out, 
     assert lines == expected and len({line.split()[0] for line in lines}) == 3
 
 
+def test_export_averages_what_several_flags_name(run_dir, tmp_path):
+    run("--average", run_dir / "elite_01.pt", "--average", run_dir / "elite_02.pt", "--output", tmp_path / "soup.pt")
+    soup = read_model(tmp_path / "soup.pt").weights
+    assert_same(soup, average([read_model(path) for path in run_dir.glob("elite_*.pt")], ["one", "other"]).weights)
+
+
 def test_export_score_is_that_of_generate(run_dir, tmp_path, held_out, capsys):
     run("--model", run_dir, "--output", tmp_path / "out", "--score", held_out, "--document_delimiter", "none")
     lines = capsys.readouterr().out.splitlines()

@@ -38,6 +38,13 @@ def test_launch_tells_each_rank_who_it_is(launch):
     assert (process.returncode, errors) == (0, "")
 
 
+def test_launch_takes_the_cores_of_several_flags(launch):
+    first, *_, last = sorted(os.sched_getaffinity(0))
+    source = "import os; os.write(1, f'{sorted(os.sched_getaffinity(0))}\\n'.encode())"
+    process = launch(source, options=["--cores", str(first), "--cores", str(last)])
+    expect_lines(process, f"[{first}]", f"[rank 1] [{last}]")
+
+
 def test_default_threads_shares_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))

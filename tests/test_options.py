@@ -92,10 +92,23 @@ def test_resolve_options_refuses_to_change_what_is_fixed_beside_resume(flag):
         resolve_options({flag: 0.75 if flag == "sf_beta" else 4}, stored)
 
 
-@pytest.mark.parametrize(
-    "flag", ["lr", "weight_decay", "batch_size", "chunk_size", "train_steps", "max_minutes", "save_every"]
-)
+@pytest.mark.parametrize("flag", ["lr", "weight_decay", "batch_size", "chunk_size", "train_steps", "save_every"])
 def test_resolve_options_lets_rates_sizes_and_budgets_change_beside_resume(flag):
     stored = resolve_options({flag: 2}).to_dict()
     options = resolve_options({flag: 4}, stored).to_dict()
     assert 4 in [value for group in options.values() for name, value in group.items() if name == flag]
+
+
+def test_max_minutes_are_of_one_launch_and_train_steps_of_the_run_until_they_are_lifted():
+    stored = resolve_options({"train_steps": 2, "max_minutes": 3.0}).to_dict()
+    again = resolve_options({}, stored).run
+    assert (again.train_steps, again.max_minutes) == (2, None)
+    lifted = resolve_options(parse_arguments(["--train_steps", "none", "--max_minutes", "4"], ""), stored).run
+    assert (lifted.train_steps, lifted.max_minutes) == (None, 4.0)
+
+
+@pytest.mark.parametrize("flag", ["--data", "--val_data", "--evolve", "--gossip_peers"])
+def test_a_list_grows_by_each_time_that_its_flag_is_given(flag):
+    given = parse_arguments([flag, "/a", "/b", flag, "/c"], "")
+    assert given == {flag[2:]: ["/a", "/b", "/c"]}
+    assert parse_arguments([flag, "/d"], "") == {flag[2:]: ["/d"]}  # and not by those of another command line

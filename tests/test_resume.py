@@ -139,6 +139,16 @@ def test_resume_refuses_what_may_not_change(run_train, flags, message):
         train.main(["--resume", "run", *flags])
 
 
+def test_resume_refuses_to_change_what_each_rank_has_of_its_own_by_now(run_train):
+    run_dir = run_train("run", "--train_steps", "2", "--evolve", "lr,grad_clip", "--lr", "0.01", *QUIET)
+    for flag in ("--lr", "--grad_clip"):
+        with pytest.raises(UserError, match=f"expected no other {flag} .* evolves, got 0.5: leave it out"):
+            train.main(["--resume", "run", "--train_steps", "3", flag, "0.5"])
+    flags = ["--lr", "0.01", "--weight_decay", "0.5"]  # no change, and one that all ranks share
+    assert train.main(["--resume", "run", "--train_steps", "3", *flags]) == 0
+    assert json.loads((run_dir / "config.json").read_text())["options"]["optimizer"]["weight_decay"] == 0.5
+
+
 def test_resume_refuses_what_is_no_run(run_train, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()

@@ -272,6 +272,19 @@ def test_ranks_that_could_never_meet_are_refused(run_train, monkeypatch):
         run_train("run", "--no_filesystem_coordinator")
 
 
+@pytest.mark.parametrize(
+    "flag", ["--rejuvenation_probability", "--rejuvenation_threshold", "--elite_checkpoint_multiplier"]
+)
+def test_what_needs_a_ranking_is_refused_where_nobody_ranks(run_train, tmp_path, flag):
+    said = f"expected no {flag} beside --no_filesystem_coordinator, .*, got 1.0: leave one of them out"
+    with pytest.raises(UserError, match=said):
+        run_train("run", "--train_steps", "1", "--no_filesystem_coordinator", flag, "1", *QUIET)
+    assert not (tmp_path / "run").exists()
+    run_train("run", "--train_steps", "1", "--no_filesystem_coordinator", *QUIET)
+    with pytest.raises(UserError, match=said):  # the run goes on without one
+        train.main(["--resume", "run", "--train_steps", "2", flag, "1"])
+
+
 def test_from_the_shell_a_mistake_prints_one_line_and_exits_2(tmp_path):
     command = [sys.executable, str(Path(train.__file__)), "--data", "absent.txt"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -1,8 +1,8 @@
 """Every option of a run: dataclasses that become grouped flags, and config.json.
 
 An option lives beside what it configures; its field's metadata holds the help text, the parser of its value and
-whether it is fixed for the life of a run (refused beside --resume when it differs). One that is derived from others
-when a run begins, and then stays, has no flag.
+whether it is fixed for the life of a run (refused beside --resume when it differs) or of one launch alone (not taken
+over by --resume). One that is derived from others when a run begins, and then stays, has no flag.
 """
 
 import argparse
@@ -96,6 +96,10 @@ def _tolerance(text: str) -> float | None:
     return None if text.lower() == "none" else _NOT_NEGATIVE(text)
 
 
+def _steps(text: str) -> int | None:
+    return None if text.lower() == "none" else parse_size(text)
+
+
 def _option(default: Any, help: str, parse: Callable[[str], Any] = str, *, fixed: bool = False, **more: Any) -> Any:
     metadata = {"help": help, "parse": parse, "fixed": fixed, **more}
     if isinstance(default, list):
@@ -177,8 +181,9 @@ class ComputeOptions:
 class RunOptions:
     """run"""
 
-    train_steps: int | None = _option(None, "optimizer steps in all (default: until stopped)", parse_size)
-    max_minutes: float | None = _option(None, "minutes that this launch trains (default: until stopped)", _POSITIVE)
+    train_steps: int | None = _option(None, "optimizer steps in all, or none: until stopped (default: none)", _steps)
+    max_minutes: float | None = _option(None, "minutes that this launch trains (default: until stopped)", _POSITIVE,
+                                        of_launch=True)  # fmt: skip
     output: str | None = _option(None, "run directory to create (default, one rank only: runs/<date>_<time>)")
     resume: str | None = _option(None, "run directory to go on with, in place")
     init_from: str | None = _option(None, "checkpoint whose averaged weights a new run starts from")
@@ -302,9 +307,11 @@ def _add_flag(group: argparse._ArgumentGroup, option: dataclasses.Field) -> None
     shown = meta.get("show", default)
     suffix = "" if default in (None, dataclasses.MISSING) else f" (default: {shown})"
     if meta.get("many"):
-        group.add_argument(f"--{name}", nargs="+", type=meta["parse"], metavar="X", help=meta["help"])
+        group.add_argument(
+            f"--{name}", nargs="+", action="extend", type=meta["parse"], metavar="X", help=meta["help"]
+        )  # fmt: skip
     else:
-        metavar = {str: "X", parse_size: "SIZE"}.get(meta["parse"], "N")
+        metavar = {str: "X", parse_size: "SIZE", _steps: "SIZE"}.get(meta["parse"], "N")
         group.add_argument(
             f"--{name}", choices=meta.get("choices"), metavar=None if meta.get("choices") else metavar,
             type=_argparse_type(meta["parse"]), help=meta["help"] + suffix,
@@ -330,7 +337,7 @@ def resolve_options(given: Mapping[str, Any], stored: Mapping[str, Mapping[str, 
     for group_field in dataclasses.fields(Options):
         group = getattr(options, group_field.name)
         for option in dataclasses.fields(group):
-            old = (stored or {}).get(group_field.name, {})
+            old = {} if option.metadata.get("of_launch") else (stored or {}).get(group_field.name, {})
             value = old.get(option.name, getattr(group, option.name))
             new = given.get(option.name, value)
             if option.name in old and option.metadata["fixed"] and new != value:

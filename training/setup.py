@@ -47,6 +47,7 @@ from training.succession import resume_sources
 CONV_KERNEL_SIZE = 4  # as in the paper's language model
 DEFAULT_PARAMETERS = 15 * 1024**2
 READ_AGAIN_SECONDS = (1.0, 4.0, 15.0)  # after which a checkpoint that could not be read is read again
+NEED_A_RANKING = {"rejuvenation_probability", "rejuvenation_threshold", "elite_checkpoint_multiplier"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,20 @@ class Resumed:
 def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, RunDirectory, bool]:
     """The options in force, the run directory, and whether it holds the run to go on with, else a new one is to begin.
 
-    A rank that its launcher restarted goes on in the --output of its first start.
+    A rank that its launcher restarted goes on in the --output of its first start. Raises UserError for flags that do
+    not go together.
     """
+    options, run, goes_on = _choose_run(given, identity)
+    if not options.population.filesystem_coordinator:
+        for name in sorted(NEED_A_RANKING & given.keys()):
+            raise UserError(
+                f"expected no --{name} beside --no_filesystem_coordinator, with which nobody ranks the population, "
+                f"got {given[name]}: leave one of them out"
+            )
+    return options, run, goes_on
+
+
+def _choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, RunDirectory, bool]:
     if "resume" in given:
         if "init_from" in given:
             raise UserError("expected --resume or --init_from, got both: a resumed run has its weights")
@@ -89,7 +102,15 @@ def _resumed_options(given: Mapping[str, Any], run: RunDirectory) -> Options:
     stored = run.stored_options()
     if any(name in given for name in ("cuda", "rocm", "cpu")):
         stored.get("run", {}).update(cuda=False, rocm=False, cpu=False)
-    return resolve_options(given, stored)
+    options = resolve_options(given, stored)
+    for name in evolving(options):
+        centre = stored.get("optimizer", {}).get(name)
+        if given.get(name, centre) != centre:
+            raise UserError(
+                f"expected no other --{name} beside --resume of a run where it evolves, got {given[name]}: leave it "
+                "out, since each rank has its own by now, or start a new run with --init_from"
+            )
+    return options
 
 
 def read_resumed(run: RunDirectory, identity: Identity) -> Resumed | None:

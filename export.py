@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> None:
     def show(model: Model, path: Path) -> None:
         if options.score is not None:
             built = build_model(model.config, model.weights, device).eval()
-            bits = score(built, options.score, options.document_delimiter)
+            delimiter = getattr(options, "document_delimiter", model.document_delimiter)
+            bits = score(built, options.score, delimiter)
             print(f"{bits:.4f} bits per byte, {path}", flush=True)
 
     if options.average is None:
@@ -79,8 +80,8 @@ def _parser() -> ArgumentParser:
     add("--output", type=Path, required=True, metavar="PATH", help="new checkpoint, NAME.pt, or new folder")
     add("--score", type=Path, metavar="FILE", help="print its bits per byte before and after")
     add(
-        "--document_delimiter", type=as_argument(parse_delimiter), default=0x1E, metavar="N",
-        help="of --score: byte at which a document ends, in hexadecimal, or none (default: 1e)",
+        "--document_delimiter", type=as_argument(parse_delimiter), default=argparse.SUPPRESS, metavar="N",
+        help="of --score: byte at which a document ends, in hexadecimal, or none (default: as the model was trained)",
     )  # fmt: skip
     add("--cuda", action="store_true", help="score on an NVIDIA GPU (default: the best device there is)")
     add("--rocm", action="store_true", help="score on an AMD GPU")

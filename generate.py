@@ -56,16 +56,17 @@ def main(argv: list[str]) -> int:
         )
     model.to(_DTYPES[options.dtype]).requires_grad_(False)
     print(f"{info['path']}, step {info['step']}, on {device} in {options.dtype}", file=sys.stderr)
+    delimiter = getattr(options, "document_delimiter", info["document_delimiter"])
     if options.score is not None:
-        print(f"{score(model, options.score, options.document_delimiter):.4f} bits per byte")
-        return 0
+        bits = score(model, options.score, delimiter)
+        return write_to_stdout(f"{bits:.4f} bits per byte\n".encode(), iter(()), samples=1)
     seed = secrets.randbits(32) if options.seed is None else options.seed
     print(f"seed {seed}", file=sys.stderr)
-    logits_1V, state = prefill(model, prompt, options.document_delimiter)
+    logits_1V, state = prefill(model, prompt, delimiter)
     lanes = [0] * options.num_samples
     continuation = decode(
         model, logits_1V[lanes], state.lanes(lanes), options.max_length, sampling,
-        torch.Generator().manual_seed(seed), options.document_delimiter,
+        torch.Generator().manual_seed(seed), delimiter,
     )  # fmt: skip
     if options.output_file is None:
         return write_to_stdout(prompt, continuation, options.num_samples)
@@ -84,8 +85,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--cpu", action="store_true", help="run on the CPU")
     add("--dtype", choices=list(_DTYPES), default="float32", help="of weights and activations (default: %(default)s)")
     add(
-        "--document_delimiter", type=as_argument(parse_delimiter), default=0x1E, metavar="N",
-        help="byte at which a document ends, in hexadecimal, or none (default: 1e)",
+        "--document_delimiter", type=as_argument(parse_delimiter), default=argparse.SUPPRESS, metavar="N",
+        help="byte at which a document ends, in hexadecimal, or none (default: as the model was trained)",
     )  # fmt: skip
     add = parser.add_argument_group("prompt (default: standard input)").add_argument
     add("--prompt", metavar="TEXT", help="the bytes to go on from")
@@ -98,7 +99,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--top_p", type=float, default=1.0, metavar="X", help="only the likeliest that hold this share (default: 1)")
     add("--min_p", type=float, default=0.0, metavar="X", help="only this share of the likeliest's or more (default: 0)")
     add("--typical_p", type=float, default=1.0, metavar="X", help="only the most typical with this share (default: 1)")
-    add("--seed", type=_whole(0), metavar="N", help="same seed, same bytes (default: a new one, shown)")
+    add("--seed", type=_whole(0, 2**64 - 1), metavar="N", help="same seed, same bytes (default: a new one, shown)")
     add = parser.add_argument_group("output").add_argument
     add(
         "--output_file", type=Path, metavar="FILE",
@@ -177,7 +178,10 @@ def choose_decoder(model: MinLM, lanes: int) -> Decoder | GraphDecoder | None:
 
 
 def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) -> int:
-    """Stream the first sample; the others follow, each after a separator. Ctrl-C ends all of them where they are."""
+    """Stream the first sample; the others follow, each after a separator. Ctrl-C ends all of them where they are.
+
+    Raises UserError where standard output cannot be written, unless its reader has gone: who read it has enough.
+    """
     out, status = sys.stdout.buffer, 0
     others = [bytearray() for _ in range(samples - 1)]
     try:
@@ -191,10 +195,12 @@ def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) 
             status = _INTERRUPTED
         for other in others:
             _write(out, SAMPLE_SEPARATOR + prompt + other)
-    except BrokenPipeError:  # whoever read us has enough
+    except OSError as error:
         # What is left in the buffer would fail once more at exit, loudly: it goes nowhere instead.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-        return _BROKEN_PIPE
+        if isinstance(error, BrokenPipeError):
+            return _BROKEN_PIPE
+        raise UserError(f"expected to write to standard output, got {error.strerror}: send it elsewhere") from None
     return status
 
 
@@ -227,10 +233,10 @@ def _write(file: BinaryIO, content: bytes) -> None:
     file.flush()
 
 
-def _whole(minimum: int):
+def _whole(minimum: int, maximum: int = 2**63 - 1):
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        if not text.isdecimal() or not minimum <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {minimum} to {maximum}, got {text!r}")
         return int(text)
 
     return parse

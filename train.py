@@ -167,7 +167,9 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         Parts(
             options=options, run=run, device=device, model=model, weights=weights, schema=schema, lanes=lanes,
             held_out=held_out, fitness=fitness, heredity=heredity, node=node,
-            writer=CheckpointWriter(run.path, identity.rank, config, weights, schema, tidy_run),
+            writer=CheckpointWriter(
+                run.path, identity.rank, config, options.data.document_delimiter, weights, schema, tidy_run
+            ),
             signals=signals,
             metrics=MetricsFile(run.metrics), log=log, events=events, objections=objections,
             initial_weights=lambda: setup.initial_weights(options, config, None),

@@ -55,7 +55,8 @@ def run_train(text, tmp_path, monkeypatch):
 
     def run(output: str | None, *flags: str) -> Path:
         place = [] if output is None else ["--output", output]
-        status = train.main([*TINY, "--data", str(text), *place, *flags])
+        data = [] if "--data" in flags else ["--data", str(text)]
+        status = train.main([*TINY, *data, *place, *flags])
         assert status == 0
         return tmp_path / (output or "")
 

@@ -75,7 +75,7 @@ class Rank:
         self.run_dir = run_dir
         self.weights = build_optimizer(MinLM(CONFIG), OptimizerOptions())
         schema = Schema.of(self.weights.tensors(), self.weights.rules, {})
-        self.writer = CheckpointWriter(run_dir, 0, CONFIG, self.weights, schema, tidy)
+        self.writer = CheckpointWriter(run_dir, 0, CONFIG, 0x1E, self.weights, schema, tidy)
 
     def fill(self, value: float) -> None:
         for tensor in self.weights.tensors().values():
@@ -204,7 +204,7 @@ def test_on_a_gpu_a_write_after_the_beginning_does_not_reach_the_file(tmp_path):
     config = ModelConfig(dim=512, depth=4)
     weights = build_optimizer(MinLM(config).to("cuda"), OptimizerOptions())
     schema = Schema.of(weights.tensors(), weights.rules, {})
-    writer = CheckpointWriter(tmp_path, 0, config, weights, schema, lambda: None)
+    writer = CheckpointWriter(tmp_path, 0, config, 0x1E, weights, schema, lambda: None)
     for value in range(1, 6):
         for tensor in weights.tensors().values():
             tensor.fill_(value)

@@ -80,7 +80,29 @@ def test_export_holds_the_averaged_weights_and_nothing_of_training(run_dir, tmp_
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert_same(weights, fresh_weights(1))
     content = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert content == {"format": "gruboros model 1", "model_config": CONFIG.to_dict(), "step": 8, "loss": 1.25}
+    assert content == {
+        "format": "gruboros model 1", "model_config": CONFIG.to_dict(), "step": 8, "loss": 1.25,
+        "document_delimiter": 0x1E,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("delimiter", [0x0A, None])
+def test_a_document_delimiter_travels_with_its_model(run_dir, tmp_path, held_out, capsys, delimiter):
+    for rank in (0, 1):
+        path = save_checkpoint(tmp_path, rank, 9, 1.0, CONFIG, fresh_weights(rank), {}, delimiter)
+    run("--model", path, "--output", tmp_path / "folder")
+    run("--model", tmp_path / "folder", "--output", tmp_path / "back.pt")
+    run("--average", *tmp_path.glob("checkpoint_*.pt"), "--output", tmp_path / "soup.pt")
+    for made in ("folder", "back.pt", "soup.pt"):
+        assert read_model(tmp_path / made).document_delimiter == delimiter
+    capsys.readouterr()
+    run("--model", path, "--output", tmp_path / "again.pt", "--score", held_out)
+    model, _ = load_for_use(path, torch.device("cpu"))
+    bits = f"{score(model, held_out, delimiter):.4f} bits per byte"
+    assert capsys.readouterr().out.splitlines() == [f"{bits}, {path}", f"{bits}, {tmp_path / 'again.pt'}"]
+    assert bits != f"{score(model, held_out, 0x1E):.4f} bits per byte"
+    with pytest.raises(UserError, match=r"expected models that end documents alike, got .*: leave one out"):
+        run("--average", path, run_dir, "--output", tmp_path / "no.pt")
 
 
 def test_imported_checkpoint_speaks_starts_training_and_is_not_resumed(run_dir, tmp_path, run_train, capfdbinary):
@@ -116,12 +138,12 @@ def test_export_takes_weights_of_minGRU_pytorch(tmp_path):
 def test_average_is_the_mean_of_every_weight():
     one, other = fresh_weights(0), fresh_weights(1)
     plain = dataclasses.replace(CONFIG, dropout=0.0)
-    soup = average([Model(CONFIG, one, 3, 1.0), Model(plain, other, 5, 2.0)], ["one", "other"])
+    soup = average([Model(CONFIG, one, 3, 1.0, None), Model(plain, other, 5, 2.0, None)], ["one", "other"])
     assert (soup.config, soup.step, soup.loss) == (CONFIG, 5, None)
     for name, tensor in soup.weights.items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, ((one[name].double() + other[name].double()) / 2).float())
-    assert_same(average([Model(CONFIG, one, 3, 1.0)] * 3, ["one"] * 3).weights, one)
+    assert_same(average([Model(CONFIG, one, 3, 1.0, None)] * 3, ["one"] * 3).weights, one)
 
 
 def test_export_average_is_scored_before_and_after(run_dir, tmp_path, held_out, capsys):
@@ -165,6 +187,7 @@ DAMAGE = {
     "config of another format": (lambda f: change_config(f, format="other"), "not of the format"),
     "config without model": (lambda f: change_config(f, model_config=3), "has no model_config"),
     "config of no model": (lambda f: change_config(f, model_config={"dim": "x", "depth": 1}), "expected for dim"),
+    "delimiter no byte": (lambda f: change_config(f, document_delimiter=256), "has no byte as document_delimiter"),
     "another shape": (lambda f: change_config(f, model_config={**CONFIG.to_dict(), "dim": 8}), "of shape"),
     "another depth": (lambda f: change_config(f, model_config={**CONFIG.to_dict(), "depth": 3}), "got no layers.2"),
     "weights cut": (lambda f: os.truncate(f / "model.safetensors", 5000), "as export.py writes it"),

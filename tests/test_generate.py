@@ -15,7 +15,7 @@ import generate
 from mingru import MinLM, ModelConfig
 from mingru.sampling import SamplingOptions
 from training import scoring
-from training.checkpoint import checkpoint_name, save_checkpoint
+from training.checkpoint import checkpoint_name, load_for_use, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(dim=16, depth=2, conv_kernel_size=3)
@@ -81,6 +81,17 @@ def test_generate_streams_each_byte(monkeypatch):
         assert generate.write_to_stdout(b"ab", continuation(), 1) == 0
     assert arrived == [b"ab", b"1", b"2"] and os.read(reader, 100) == b"3"
     os.close(reader)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--prompt", "ab", "--max_length", "9"], ["--score", str(ROOT / "README.md")]], ids=["text", "score"]
+)
+def test_generate_says_in_one_line_that_its_output_cannot_be_written(run_dir, flags):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command("--model", run_dir, *flags), stdout=full, stderr=subprocess.PIPE, timeout=60)
+    *_, last = done.stderr.decode().splitlines()
+    assert last == "error: expected to write to standard output, got No space left on device: send it elsewhere"
+    assert done.returncode == 2 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
 
 
 def test_generate_ends_quietly_when_its_reader_goes(run_dir):
@@ -196,6 +207,34 @@ def test_score_is_the_mean_loss_in_bits(run_dir, tmp_path, monkeypatch, capfd):
     assert scoring.score(model, path, None) != pytest.approx(expected, rel=1e-6)
 
 
+def test_score_ends_documents_as_the_model_was_trained(tmp_path, capfd):
+    text = tmp_path / "text"
+    text.write_bytes(b"one document\nand another one, longer\n\n!\x1e?")
+    said = {}
+    for delimiter in (0x0A, None, 0x1E):
+        torch.manual_seed(1)
+        folder = tmp_path / str(delimiter)
+        folder.mkdir()
+        path = save_checkpoint(folder, 0, 1, 1.0, CONFIG, sharp_model().state_dict(), {}, delimiter)
+        main("--model", path, "--score", text)
+        said[delimiter] = capfd.readouterr().out
+        model, _ = load_for_use(path, torch.device("cpu"))
+        assert said[delimiter] == f"{scoring.score(model, text, delimiter):.4f} bits per byte\n"
+        main("--model", path, "--score", text, "--document_delimiter", "none")  # said otherwise
+        assert capfd.readouterr().out == f"{scoring.score(model, text, None):.4f} bits per byte\n"
+    assert len(set(said.values())) == 3
+
+
+def test_generate_starts_documents_as_the_model_was_trained(tmp_path, capfdbinary):
+    spoken = []
+    for delimiter, flags in ((0x0A, []), (0x1E, ["--document_delimiter", "0a"]), (0x1E, [])):
+        torch.manual_seed(1)
+        path = save_checkpoint(tmp_path, 0, 1, 1.0, CONFIG, sharp_model().state_dict(), {}, delimiter)
+        main("--model", path, "--prompt", "a long past\n", "--max_length", 20, "--seed", 1, *flags)
+        spoken.append(capfdbinary.readouterr().out)
+    assert spoken[0] == spoken[1] != spoken[2]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -207,6 +246,7 @@ def test_score_is_the_mean_loss_in_bits(run_dir, tmp_path, monkeypatch, capfd):
         (["--prompt", "x", "--top_p", "1.1"], "expected for top_p a number in (0, 1]"),
         (["--prompt", "x", "--temperature", "-1"], "expected for temperature"),
         (["--prompt", "x", "--max_length", "-1"], "--max_length: expected a whole number"),
+        (["--prompt", "x", "--seed", "9" * 30], "--seed: expected a whole number from 0 to 18446744073709551615"),
         (["--prompt", "x", "--cuda"], "expected one device"),
         (["--prompt", "x", "--output_file", "no/such/folder/file"], "expected to write no/such/folder/file"),
         (["--prompt", "x", "--model", "no/such/model"], "no such file"),

@@ -17,7 +17,7 @@ from runtime.errors import UserError
 from tests.conftest import TINY
 from tests.test_resume import QUIET, metrics_rows, newest
 from training import loop
-from training.checkpoint import list_checkpoints
+from training.checkpoint import list_checkpoints, read_for_use
 from training.population import Standing, is_among_worst, save_chance, standing_of
 from training.run_directory import RunDirectory
 
@@ -126,6 +126,8 @@ def test_document_delimiter_sets_where_documents_end(run_train):
     spaces = metrics_rows(run_train("spaces", "--document_delimiter", "20", *flags))
     unbroken = metrics_rows(run_train("unbroken", "--document_delimiter", "none", *flags))
     assert int(spaces[0]["documents"]) > 60
+    delimiters = [read_for_use(Path(name))[2]["document_delimiter"] for name in ("spaces", "unbroken")]
+    assert delimiters == [0x20, None]  # generate.py goes by it
     assert int(unbroken[0]["documents"]) == 0
 
 
@@ -228,8 +230,9 @@ def test_a_mistake_is_one_line_and_leaves_no_run_behind(run_train, tmp_path, tex
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("x" * 31)
     base = TINY[6:] if "--params" in flags else TINY  # without --dim and --depth
+    data = [] if "--data" in flags else ["--data", str(text)]
     with pytest.raises(UserError, match=message) as caught:
-        train.main([*base, "--data", str(text), "--output", "run", *flags])
+        train.main([*base, *data, "--output", "run", *flags])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 

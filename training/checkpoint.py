@@ -1,9 +1,10 @@
 """Checkpoints: one file that resumes training exactly and from which anyone can load the weights to use.
 
 A file holds `model_config`, `model_state_dict` (the averaged weights: what one evaluates and generates from), `step`,
-`loss` (the fitness that ranks the population; None if it was not known), and `training` (everything that resuming
-needs). It ends with a digest (training/digest.py), which is checked before anything is parsed, and it is read with
-weights_only=True: a checkpoint can not run code.
+`loss` (the fitness that ranks the population; None if it was not known), `document_delimiter` (the byte at which a
+document ended in training; None: none did) and `training` (everything that resuming needs). It ends with a digest
+(training/digest.py), which is checked before anything is parsed, and it is read with weights_only=True: a checkpoint
+can not run code.
 """
 
 import errno
@@ -23,6 +24,7 @@ from runtime.errors import UserError
 from runtime.exhaustion import as_memory_error
 from runtime.files import atomic_writer
 from training.digest import SealedFile, is_sealed
+from training.options import DEFAULT_DELIMITER
 
 _FORMATS = "gruboros checkpoint "
 FORMAT = f"{_FORMATS}2"
@@ -86,6 +88,7 @@ def save_checkpoint(
     config: ModelConfig,
     weights: dict[str, torch.Tensor],
     training: dict[str, Any],
+    document_delimiter: int | None = DEFAULT_DELIMITER,
 ) -> Path:
     """Write a checkpoint, whole or not at all, and durably; returns its path. Raises OSError (disk full, ...)."""
     path = run_dir / checkpoint_name(rank, step, loss)
@@ -95,6 +98,7 @@ def save_checkpoint(
         "model_state_dict": weights,
         "step": step,
         "loss": loss,
+        "document_delimiter": document_delimiter,
         "training_format": TRAINING_FORMAT,
         "training": training,
     }
@@ -103,11 +107,16 @@ def save_checkpoint(
 
 
 def save_weights(
-    path: Path, config: ModelConfig, weights: dict[str, torch.Tensor], step: int | None, loss: float | None
+    path: Path,
+    config: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    step: int | None,
+    loss: float | None,
+    document_delimiter: int | None,
 ) -> None:
     """Write a checkpoint of a model alone, which read_for_use takes and nobody can resume. Raises OSError."""
     content = {"format": FORMAT, "model_config": config.to_dict(), "model_state_dict": weights}
-    _write_sealed(path, content | {"step": step, "loss": loss})
+    _write_sealed(path, content | {"step": step, "loss": loss, "document_delimiter": document_delimiter})
 
 
 def _write_sealed(path: Path, content: dict[str, Any]) -> None:
@@ -183,7 +192,8 @@ def read_own_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_for_use(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], dict[str, Any]]:
-    """A checkpoint's model: its shape, its averaged weights on the CPU, and {"path", "step", "loss"}.
+    """A checkpoint's model: its shape, its averaged weights on the CPU, and {"path", "step", "loss",
+    "document_delimiter"}, where a file that does not tell of a delimiter has the default one.
 
     path: a file (ours, the predecessor's, or minGRU-pytorch's) or a run directory (its best.pt, else its latest.pt).
     Raises CheckpointError.
@@ -194,7 +204,8 @@ def read_for_use(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], dict
         config, weights = ModelConfig.from_dict(content["model_config"]), content["model_state_dict"]
     else:
         config, weights = convert(content)
-    return config, weights, {"path": path, "step": content.get("step"), "loss": content.get("loss")}
+    info = {"path": path, "step": content.get("step"), "loss": content.get("loss")}
+    return config, weights, info | {"document_delimiter": content.get("document_delimiter", DEFAULT_DELIMITER)}
 
 
 def load_for_use(path: Path, device: torch.device) -> tuple[MinLM, dict[str, Any]]:

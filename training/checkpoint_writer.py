@@ -44,8 +44,8 @@ class Saved:
 class CheckpointWriter:
     """One save at a time, each on a thread of its own. All methods are for the training thread, and only wait() waits.
 
-    run_dir, rank, config: what checkpoints are named after and hold; weights: what is saved, by `schema`; tidy: called
-    on the writing thread after each save, may raise OSError.
+    run_dir, rank, config, document_delimiter: what checkpoints are named after and hold; weights: what is saved, by
+    `schema`; tidy: called on the writing thread after each save, may raise OSError.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class CheckpointWriter:
         run_dir: Path,
         rank: int,
         config: ModelConfig,
+        document_delimiter: int | None,
         weights: TrainedWeights,
         schema: Schema,
         tidy: Callable[[], None],
@@ -60,6 +61,7 @@ class CheckpointWriter:
         self._run_dir = run_dir
         self._rank = rank
         self._config = config
+        self._document_delimiter = document_delimiter
         self._weights = weights
         self._tidy = tidy
         self._gpu = next((tensor.device for tensor in weights.tensors().values() if tensor.is_cuda), None)
@@ -129,7 +131,7 @@ class CheckpointWriter:
                     return Saved(moment, None, NOT_FINITE)
                 path = save_checkpoint(
                     self._run_dir, self._rank, moment.step, moment.loss, self._config, averaged,
-                    {**moment.training, "tensors": tensors},
+                    {**moment.training, "tensors": tensors}, self._document_delimiter,
                 )  # fmt: skip
         except OSError as error:
             return Saved(moment, None, error.strerror or str(error))

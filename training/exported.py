@@ -15,6 +15,7 @@ from mingru.minLM import ModelConfig, uninitialised
 from runtime.errors import UserError
 from runtime.files import atomic_write, sync_folder, temporary_name
 from training.checkpoint import read_for_use, save_weights
+from training.options import DEFAULT_DELIMITER
 
 FORMAT = "gruboros model 1"
 WEIGHTS_NAME = "model.safetensors"
@@ -23,12 +24,14 @@ CONFIG_NAME = "config.json"
 
 @dataclass(frozen=True)
 class Model:
-    """Averaged weights (float32, on the CPU) and their shape; step, loss: of the checkpoint, None if not known."""
+    """Averaged weights (float32, on the CPU) and their shape; step, loss: of the checkpoint, None if not known;
+    document_delimiter: the byte at which a document ended in training, None: none did."""
 
     config: ModelConfig
     weights: dict[str, torch.Tensor]
     step: int | None
     loss: float | None
+    document_delimiter: int | None
 
 
 def read_model(path: Path) -> Model:
@@ -40,7 +43,7 @@ def read_model(path: Path) -> Model:
         model = _read_folder(path)
     else:
         config, weights, info = read_for_use(path)
-        model = Model(config, weights, info["step"], info["loss"])
+        model = Model(config, weights, info["step"], info["loss"], info["document_delimiter"])
     _check_weights(model, path)
     return model
 
@@ -55,10 +58,13 @@ def write_model(model: Model, output: Path) -> None:
     """Write a checkpoint if `output` ends in .pt, else a folder; whole or not at all. Raises UserError, OSError."""
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".pt":
-        save_weights(output, model.config, model.weights, model.step, model.loss)
+        save_weights(output, model.config, model.weights, model.step, model.loss, model.document_delimiter)
         return
     safetensors = _safetensors()
-    content = {"format": FORMAT, "model_config": model.config.to_dict(), "step": model.step, "loss": model.loss}
+    content = {
+        "format": FORMAT, "model_config": model.config.to_dict(), "step": model.step, "loss": model.loss,
+        "document_delimiter": model.document_delimiter,
+    }  # fmt: skip
     temporary = temporary_name(output)
     temporary.mkdir()
     with contextlib.ExitStack() as undoing:
@@ -83,6 +89,9 @@ def _read_folder(folder: Path) -> Model:
             raise ValueError(f"{CONFIG_NAME} is not of the format {FORMAT!r}")
         if not isinstance(content.get("model_config"), Mapping):
             raise ValueError(f"{CONFIG_NAME} has no model_config")
+        delimiter = content.get("document_delimiter", DEFAULT_DELIMITER)
+        if delimiter is not None and not (type(delimiter) is int and 0 <= delimiter <= 255):
+            raise ValueError(f"{CONFIG_NAME} has no byte as document_delimiter")
         weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
@@ -90,7 +99,8 @@ def _read_folder(folder: Path) -> Model:
             f"expected a folder with {WEIGHTS_NAME} and {CONFIG_NAME} as export.py writes it, got {folder} ({reason}): "
             "choose another"
         ) from None
-    return Model(ModelConfig.from_dict(content["model_config"]), weights, content.get("step"), content.get("loss"))
+    config = ModelConfig.from_dict(content["model_config"])
+    return Model(config, weights, content.get("step"), content.get("loss"), delimiter)
 
 
 def _check_weights(model: Model, path: Path) -> None:

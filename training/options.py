@@ -19,6 +19,7 @@ from gossip.wire_format import WIRE_DTYPES
 from runtime.arguments import ArgumentParser, normalise_flags
 from runtime.errors import UserError
 
+DEFAULT_DELIMITER = 0x1E  # the byte that ends a document
 PAYLOADS = ("weights", "full")
 _SUFFIXES = {"k": 1024, "m": 1024**2, "g": 1024**3}
 
@@ -129,7 +130,7 @@ class DataOptions:
                                "other text, and the weights do not follow what is read at the moment",
                                _whole(1))  # fmt: skip
     document_delimiter: int | None = _option(
-        0x1E, "byte that ends a document, in hexadecimal, or none", parse_delimiter, fixed=True, show="1e"
+        DEFAULT_DELIMITER, "byte that ends a document, in hexadecimal, or none", parse_delimiter, fixed=True, show="1e"
     )
 
 

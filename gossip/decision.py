@@ -39,8 +39,9 @@ class Policy:
 def decide(initiator: Hello, responder: Hello, policy: Policy) -> Decision:
     """Whose weights travel: pure, so that both ends come to the same answer.
 
-    Where twice the younger's lineage and ADOPTION_SLACK_STEPS more are still less than the elder's, the younger's weights
-    are replaced by the elder's, whatever their fitness: a rank that has just been initialised neither wins nor is averaged into a trained one.
+    Where twice the younger's lineage and ADOPTION_SLACK_STEPS more are still less than the elder's, the younger's
+    weights are replaced by the elder's, whatever their fitness: a rank that has just been initialised neither wins nor
+    is averaged into a trained one.
     Otherwise the fitter one's weights go to the other, or the mean to both; where evidence is missing nobody may win,
     nor lose, and it is no tie either. Nothing goes to a rank that does not accept it.
     """

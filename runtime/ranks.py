@@ -7,8 +7,8 @@ from typing import Any
 from runtime.errors import UserError
 
 _SOURCES = (
-    ("environment", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
-    ("slurm", ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")),
+    ("environment", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
+    ("slurm", ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID")),
 )
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 LAUNCHER = "GRUBOROS_LAUNCHER"
@@ -40,7 +40,8 @@ def identity_from_environment(environment: Mapping[str, str]) -> Identity:
 
     Restarts are the sum of TORCHELASTIC_RESTART_COUNT and SLURM_RESTART_COUNT (of the whole job), each 0 if absent.
     LOCAL_WORLD_SIZE may be absent: then a world with LOCAL_RANK == RANK everywhere cannot be told from several
-    hosts, and 1 is assumed for a population of one, 0 ("not known") otherwise.
+    hosts, and 1 is assumed for a population of one, 0 ("not known") otherwise. Of Slurm it is known where all are on
+    one node, or equally many on each.
     Raises UserError for a value that is no number, or a rank outside its world.
     """
     history = {
@@ -48,14 +49,14 @@ def identity_from_environment(environment: Mapping[str, str]) -> Identity:
         "launcher": _number(environment, LAUNCHER) if LAUNCHER in environment else None,
         "began": _number(environment, BEGAN, float) if BEGAN in environment else None,
     }
-    for source, (rank_name, world_name, local_name, local_world_name) in _SOURCES:
+    for source, (rank_name, world_name, local_name) in _SOURCES:
         if rank_name not in environment:
             continue
         rank = _number(environment, rank_name)
         world_size = _number(environment, world_name)
         local_rank = _number(environment, local_name)
-        known_local = environment.get(local_world_name, "").isdigit()
-        local_world_size = int(environment[local_world_name]) if known_local else int(world_size == 1)
+        known = _known(environment, "LOCAL_WORLD_SIZE") if source == "environment" else _tasks(environment, world_size)
+        local_world_size = known or int(world_size == 1)
         if not 0 <= rank < world_size or local_rank < 0:
             raise UserError(
                 f"expected 0 <= {rank_name} < {world_name} and {local_name} >= 0, "
@@ -63,6 +64,19 @@ def identity_from_environment(environment: Mapping[str, str]) -> Identity:
             )
         return Identity(rank, local_rank, world_size, local_world_size, source, **history)
     return Identity(rank=0, local_rank=0, world_size=1, local_world_size=1, source="alone", **history)
+
+
+def _tasks(environment: Mapping[str, str], world_size: int) -> int:
+    """Slurm's tasks on each node; 0: not known. SLURM_NTASKS_PER_NODE is only a maximum where --ntasks is given too."""
+    nodes, most = _known(environment, "SLURM_NNODES"), _known(environment, "SLURM_NTASKS_PER_NODE")
+    if nodes == 1:
+        return world_size
+    return most if nodes * most == world_size else 0
+
+
+def _known(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    return int(text) if text.isdigit() else 0
 
 
 def _number(environment: Mapping[str, str], name: str, kind: type = int) -> Any:

@@ -197,7 +197,9 @@ def test_stale_temporaries_tell_the_living_from_the_dead_by_their_number(tmp_pat
 
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-SLURM = {"SLURM_PROCID": "9", "SLURM_NPROCS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "8"}
+SLURM = {
+    "SLURM_PROCID": "9", "SLURM_NPROCS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "2",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,10 @@ SLURM = {"SLURM_PROCID": "9", "SLURM_NPROCS": "16", "SLURM_LOCALID": "1", "SLURM
         (SLURM, Identity(9, 1, 16, 8, "slurm")),
         ({**SLURM, **TORCHRUN}, Identity(5, 1, 8, 4, "environment")),
         ({**SLURM, "SLURM_NTASKS_PER_NODE": "8(x2)"}, Identity(9, 1, 16, 0, "slurm")),
+        # With --ntasks it is only a maximum: 16 ranks that are somehow spread over two nodes.
+        ({**SLURM, "SLURM_NTASKS_PER_NODE": "16"}, Identity(9, 1, 16, 0, "slurm")),
+        ({**SLURM, "SLURM_NTASKS_PER_NODE": "16", "SLURM_NNODES": "1"}, Identity(9, 1, 16, 16, "slurm")),
+        ({**SLURM, "SLURM_NNODES": "1"}, Identity(9, 1, 16, 16, "slurm")),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Identity(1, 0, 2, 0, "environment")),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Identity(0, 0, 1, 1, "environment")),
     ],
@@ -226,6 +232,9 @@ SLURM = {"SLURM_PROCID": "9", "SLURM_NPROCS": "16", "SLURM_LOCALID": "1", "SLURM
         "slurm",
         "torchrun-in-slurm",
         "uneven-nodes",
+        "at-most",
+        "one-node",
+        "one-node-at-most",
         "unknown-host",
         "one",
     ],

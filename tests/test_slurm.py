@@ -12,7 +12,7 @@ import pytest
 from bench.injection import Injection
 from tests.conftest import TINY
 from tests.projects import make_project
-from tests.ranks import World
+from tests.ranks import ROOT, World
 from tests.slurm import NODES, Cluster, cluster
 
 FLAGS = ["--val_every", "0", "--gossip_heartbeat", "0.2", "--gossip_liveness", "2", "--gossip_mixing_rate", "0.2",
@@ -165,3 +165,21 @@ def test_plain_srun_starts_a_population(slurm, submit, text, tmp_path):
     run = World(tmp_path, text, 2)
     assert {(file.rank, file.step) for file in run.checkpoints()} == {(0, 1000), (1, 1000)}
     assert "rank 0 of 2 (slurm)" in run.log(0) and run.events(0, "sent", "merged", "averaged")
+
+
+def test_ranks_of_two_nodes_meet_where_ntasks_per_node_is_but_a_maximum(slurm, tmp_path):
+    """--ntasks-per-node=4 would let 4 on each, and there are 4: every rank would listen on the loopback."""
+    script = tmp_path / "who.py"
+    script.write_text(
+        "import os, socket\n"
+        "from runtime.ranks import identity_from_environment\n"
+        "identity = identity_from_environment(os.environ)\n"
+        "print(os.environ['SLURMD_NODENAME'], identity.world_size, identity.local_world_size, flush=True)\n"
+    )
+    batch = tmp_path / "batch.sh"
+    batch.write_text(f"#!/bin/sh\nexport PYTHONPATH={ROOT}\nsrun {sys.executable} {script}\n")
+    options = ["--nodes=2", "--ntasks=4", "--ntasks-per-node=4", f"--output={tmp_path / 'said'}"]
+    slurm.run("sbatch", "--wait", *options, str(batch))
+    said = sorted(line.split() for line in (tmp_path / "said").read_text().splitlines())
+    assert len(said) == 4 and len({node for node, *_ in said}) == 2
+    assert {tuple(sizes) for _, *sizes in said} == {("4", "0")}

@@ -33,7 +33,7 @@ from gossip.state import Schema
 from mingru.sizing import parameter_count
 from runtime.allocator import gather_in_huge_pages, keep_freed_memory
 from runtime.arguments import run_main
-from runtime.devices import choose_device
+from runtime.devices import choose_device, ranks_sharing
 from runtime.errors import UserError
 from runtime.exhaustion import as_memory_error
 from runtime.files import set_aside
@@ -99,7 +99,8 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     probe_share = setup.resolve_probe(options)
     parameters = parameter_count(config)
     memory = estimate_memory(parameters, options.population.gossip_payload)
-    check_memory(memory, device, max(1, identity.local_world_size))
+    ranks_here = max(1, identity.local_world_size)
+    check_memory(memory, device, ranks_here, ranks_sharing(device, ranks_here, os.environ))
     heredity = setup.heredity(options, identity)
     training_region, held_out = setup.open_data(options)
     probe_region, held_out = split_probe(training_region, held_out)

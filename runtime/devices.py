@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -54,6 +55,17 @@ def check_triton(device: torch.device) -> None:
             f"expected a C compiler and Python's headers, by which Triton builds its launcher for {device}, got "
             f"{reason!r}: install gcc and python3-dev (or python3-devel), or let CC name a compiler"
         ) from error
+
+
+def ranks_sharing(device: torch.device, local_world_size: int, environment: Mapping[str, str]) -> int:
+    """How many of this host's ranks choose_device() gives `device`; 1 where that cannot be told: local_world_size is 0,
+    or Slurm started the rank and may show each one other devices.
+    """
+    if device.type == "cpu":
+        return max(1, local_world_size)
+    if "SLURM_PROCID" in environment:
+        return 1
+    return max(1, len(range(device.index, local_world_size, torch.cuda.device_count())))
 
 
 def device_memory_bytes(device: torch.device) -> int:

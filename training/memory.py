@@ -52,13 +52,13 @@ def estimate_memory(parameters: int, payload: str) -> MemoryEstimate:
     )
 
 
-def check_memory(estimate: MemoryEstimate, device: torch.device, ranks_here: int) -> None:
-    """Raise UserError if `ranks_here` ranks of this host, on `device` (one GPU each, or all on the CPU), cannot fit."""
+def check_memory(estimate: MemoryEstimate, device: torch.device, ranks_here: int, sharing: int) -> None:
+    """Raise UserError if the `ranks_here` ranks of this host cannot fit, of which `sharing` are on `device`."""
     host = device_memory_bytes(torch.device("cpu"))
     if device.type == "cpu":
-        available, needed = host, (estimate.on_device + estimate.on_host) * ranks_here
+        available, needed = host, (estimate.on_device + estimate.on_host) * sharing
     else:
-        available, needed = device_memory_bytes(device), estimate.on_device
+        available, needed = device_memory_bytes(device), estimate.on_device * sharing
         if estimate.on_host * ranks_here > host:
             raise UserError(
                 f"expected a model whose host buffers fit this host ({host / _GIB:.2f} GiB), got one that needs "
@@ -67,5 +67,6 @@ def check_memory(estimate: MemoryEstimate, device: torch.device, ranks_here: int
     if needed > available:
         raise UserError(
             f"expected a model that fits {device} ({available / _GIB:.2f} GiB), got one that needs {estimate}"
-            f"{f' times {ranks_here} ranks' if ranks_here > 1 else ''}: choose smaller --params"
+            f"{f' times {sharing} ranks' if sharing > 1 else ''}: choose smaller --params"
+            f"{', or fewer ranks' if sharing > 1 else ''}"
         )

@@ -59,7 +59,7 @@ def main(wanted: str) -> None:
             scan(UNCUT, dtype, True, True)
         for count in (1, 2**20, 2**20 + 1) if wanted == "variants" else (2**20 + 1,):
             tell(target, count)
-            schedule_free.step_on_gpu(*torch.empty(4, count).unbind(), *(0.5,) * 8)
+            schedule_free.step_on_gpu([torch.empty(4, count).unbind()], *(0.5,) * 8)
 
 
 def scan(shape: tuple[int, int, int], dtype: torch.dtype, first: bool, reset: bool) -> None:

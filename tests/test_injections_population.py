@@ -237,7 +237,7 @@ def test_without_locks_the_older_process_of_a_rank_gives_way(population):
     older = population.processes.pop(1)
     no_locks = strace_prefix("--seccomp-bpf", "-e", "inject=flock:error=ENOLCK", trace=population.cwd / "trace")
     newer = population.start(1, prefix=no_locks, resume=True)
-    assert older.wait(timeout=PATIENCE) == 2
+    assert older.wait(timeout=PATIENCE) == 4
     assert "expected rank 1 of" in (last := population.said(older).splitlines()[-1]) and "took its place" in last
     assert "Traceback" not in population.said(older)
     assert {file.path for file in population.checkpoints(1)} <= before  # it saved nothing when it left

@@ -223,6 +223,20 @@ def test_lack_of_memory_is_no_damage_of_a_checkpoint(run_train, monkeypatch):
         read_checkpoint(list_checkpoints(run_dir)[-1].path)
 
 
+@pytest.mark.injects(Injection.VANISHED, Injection.RESTART)
+def test_a_restarted_rank_begins_no_new_run_where_its_own_has_vanished(run_train, capsys, restarted):
+    run_dir = run_train("run", "--train_steps", "2", *QUIET)
+    away = run_dir.rename(run_dir.with_name("away"))
+    restarted()
+    with pytest.raises(AssertionError):  # a status that is not 0
+        run_train("run", "--train_steps", "4", *QUIET)
+    assert "expected the run that logs/train_run_rank_0000.log tells of, got none in run" in capsys.readouterr().err
+    assert not run_dir.exists()
+    away.rename(run_dir)
+    run_train("run", "--train_steps", "4", *QUIET)
+    assert newest(run_dir)["step"] == 4
+
+
 def test_any_rank_describes_a_new_run_and_goes_on_in_it(run_train, monkeypatch, restarted):
     """Rank 0 may never come so far."""
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():

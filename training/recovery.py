@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from training.checkpoint import CheckpointError, list_checkpoints, read_own_checkpoint
+from training.checkpoint import CheckpointError, UnreadableError, list_checkpoints, read_own_checkpoint
 from training.resume import restore_weights
 
 if TYPE_CHECKING:
@@ -48,16 +48,17 @@ class Recovery:
     def _return_to_last_good_state(self) -> str:
         """Take the weights of this rank's newest whole checkpoint, else the initial ones; the data goes on.
 
-        Each further return without a good step between tries an older one: the newest may be what leads astray.
+        Each further return without a good step between tries an older one: the newest may be what leads astray. Raises
+        TrainingDiverged where it cannot be told which checkpoints there are: started again, the rank will know.
         """
         trainer, run = self._trainer, self._trainer.parts.run
         trainer.saving.finish()  # it may be the newest
         trainer.before_write()
-        source = None
+        source = unreadable = None
         try:
             newest_first = [file for file in reversed(list_checkpoints(run.path)) if file.rank == run.rank]
-        except OSError as error:  # started again, it finds them as soon as they are there
-            raise TrainingDiverged(f"loss is non-finite, and {run.path} unreadable ({error.strerror})") from None
+        except OSError as error:
+            raise TrainingDiverged(f"loss is not finite, and {run.path} unreadable ({error.strerror})") from None
         for file in newest_first[self._returns - 1 :] or newest_first[-1:]:
             try:
                 training = read_own_checkpoint(file.path)["training"]
@@ -67,6 +68,9 @@ class Recovery:
                 break
             except CheckpointError as error:
                 trainer.event("checkpoint_passed_over", str(error))
+                unreadable = file.path if isinstance(error, UnreadableError) else unreadable
+        if source is None and unreadable is not None:
+            raise TrainingDiverged(f"loss is not finite, and {unreadable} unreadable: mend its disk")
         if source is None:
             trainer.weights.adopt(trainer.parts.initial_weights())
             trainer.totals.lineage = 0

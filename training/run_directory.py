@@ -59,8 +59,15 @@ class RunDirectory:
         """Take this rank's place in a new run. Raises UserError if the folder already holds a run.
 
         The first rank to come writes down the launch; a rank that finds another one there, or its own metrics, is not
-        part of this run, unless it was restarted: then the metrics are its own, of before.
+        part of this run, unless it was restarted: then the metrics are its own, of before. Raises UserError as well if
+        such a rank's log tells of a run of which nothing is there: under a filesystem that is not mounted none begins.
         """
+        gone = identity.restarts and newest_launch(self.population) is None
+        if gone and self.log.exists() and self.log.stat().st_size > 0:
+            raise UserError(
+                f"expected the run that {self.log} tells of, got none in {self.path}: mount its filesystem, or remove "
+                "that log to begin anew"
+            )
         taken = UserError(
             f"expected a new or empty run directory, got {self.path}, which already holds a run: --resume "
             f"{self.path}, or choose another --output"

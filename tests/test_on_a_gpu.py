@@ -83,7 +83,7 @@ def test_a_compiled_rank_learns_as_a_plain_one(run_train, tmp_path, text, device
 def test_the_scan_under_autocast_takes_the_projection_as_it_comes(device, dtype):
     """h in the projection's dtype, the last state in float32, and gradients as float64 has them."""
     if device == "cpu" and dtype == torch.float16:
-        pytest.skip("the CPU's kernel takes float32 and bfloat16")
+        pytest.skip("needs a GPU: the CPU's kernel takes float32 and bfloat16")
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 48).to(device)
     with torch.autocast(device, dtype):

@@ -1,6 +1,8 @@
 """Going on exactly where a run stopped, and what may and may not change on the way."""
 
+import errno
 import json
+import os
 import re
 import time
 
@@ -216,6 +218,22 @@ def test_a_restarted_rank_does_not_begin_again_where_checkpoints_cannot_be_read(
     assert newest(run_dir)["step"] == 4 and not list(run_dir.glob("archive_*"))
 
 
+@pytest.mark.injects(Injection.DISK_ERROR)
+@pytest.mark.parametrize("place", ["is_sealed", "torch.load"])
+def test_a_disks_error_anywhere_in_a_checkpoint_is_no_damage(run_train, monkeypatch, place):
+    run_dir = run_train("run", "--train_steps", "2", *QUIET)
+
+    def fail(*_, **__):
+        error = OSError(errno.EIO, os.strerror(errno.EIO))
+        if place == "is_sealed":
+            raise error
+        raise SystemError("returned a result with an exception set") from error
+
+    monkeypatch.setattr(f"training.checkpoint.{place}", fail)
+    with pytest.raises(checkpoint.UnreadableError, match="Input/output error"):
+        read_checkpoint(list_checkpoints(run_dir)[-1].path)
+
+
 def test_lack_of_memory_is_no_damage_of_a_checkpoint(run_train, monkeypatch):
     run_dir = run_train("run", "--train_steps", "2", *QUIET)
     monkeypatch.setattr(checkpoint.torch, "load", lambda *_, **__: torch.empty(10**15))
@@ -235,6 +253,18 @@ def test_a_restarted_rank_begins_no_new_run_where_its_own_has_vanished(run_train
     away.rename(run_dir)
     run_train("run", "--train_steps", "4", *QUIET)
     assert newest(run_dir)["step"] == 4
+
+
+def test_a_restarted_rank_begins_no_new_run_among_checkpoints(run_train, capsys, restarted):
+    run_dir = run_train("run", "--train_steps", "4", *QUIET)
+    config = (run_dir / "config.json").rename(run_dir / "away")
+    restarted()
+    with pytest.raises(AssertionError):  # a status that is not 0
+        run_train("run", "--train_steps", "6", *QUIET)
+    assert "which already holds a run" in capsys.readouterr().err
+    config.rename(run_dir / "config.json")
+    run_train("run", "--train_steps", "6", *QUIET)
+    assert newest(run_dir)["step"] == 6 and not list(run_dir.glob("archive_*"))
 
 
 def test_any_rank_describes_a_new_run_and_goes_on_in_it(run_train, monkeypatch, restarted):

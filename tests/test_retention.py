@@ -1,9 +1,13 @@
+import errno
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+
+import pytest
 
 from runtime.files import temporary_name
 from training.checkpoint import checkpoint_name, list_checkpoints
@@ -141,8 +145,7 @@ def test_leftovers_of_dead_writers_and_of_this_rank_go_and_others_stay(tmp_path)
     kept = [f".checkpoint_rank_0001_step_000002_loss_NA.pt.elsewhere.{dead.pid}.1.tmp", "notes.tmp", ".hidden",
             f".ranking.json.{here}.{os.getpid()}.1.tmp"]  # fmt: skip
     gone = [f".checkpoint_rank_0000_step_000002_loss_NA.pt.elsewhere.{dead.pid}.1.tmp",
-            f".checkpoint_rank_0001_step_000003_loss_NA.pt.{here}.{dead.pid}.1.tmp",
-            f".retired_checkpoint_rank_0000_step_000003_loss_NA.pt.{here}.{dead.pid}.1.tmp"]  # fmt: skip
+            f".checkpoint_rank_0001_step_000003_loss_NA.pt.{here}.{dead.pid}.1.tmp"]  # fmt: skip
     inner = [f"population/.rank_0001.json.{here}.{dead.pid}.1.tmp", f"metrics/.rank_0000.tsv.{here}.{dead.pid}.1.tmp"]
     for folder in ("population", "metrics"):
         (tmp_path / folder).mkdir()
@@ -165,6 +168,41 @@ def test_retiring_a_ranks_checkpoint_is_no_leftover_of_that_rank(tmp_path, monke
     monkeypatch.setattr(os, "link", link)
     tidy(tmp_path, RetentionPolicy(1, 0, archive_rate=1.0), random.Random(0))
     assert (tmp_path / "archive_001.pt").read_text() == "1 1"
+
+
+KILLED = """
+import os, random, signal, sys
+from pathlib import Path
+from training import retention
+setattr(os, sys.argv[2], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+Path.unlink = lambda path, **_: os.unlink(path)
+retention.tidy(Path(sys.argv[1]), retention.RetentionPolicy(1, 0, archive_rate=1.0), random.Random(0))
+"""
+
+
+@pytest.mark.parametrize("call", ["link", "unlink"])
+def test_a_checkpoint_to_be_archived_outlives_a_process_that_is_killed_at_it(tmp_path, call):
+    make(tmp_path, (0, 1, 1.0), (0, 2, 1.0))
+    root = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), call], cwd=root)
+    assert killed.returncode == -signal.SIGKILL
+    remove_leftovers(tmp_path, 0)
+    tidy(tmp_path, RetentionPolicy(1, 0, archive_rate=1.0), random.Random(0))
+    assert {path.read_text() for path in tmp_path.glob("archive_*.pt")} == {"0 1"}
+    assert kept(tmp_path) == {(0, 2)}
+
+
+def test_a_checkpoint_that_cannot_be_archived_stays_in_its_place(tmp_path, monkeypatch):
+    make(tmp_path, (0, 1, 1.0), (0, 2, 1.0))
+
+    def link(source, target) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(OSError, match="quota"):
+        tidy(tmp_path, RetentionPolicy(1, 0, archive_rate=1.0), random.Random(0))
+    assert kept(tmp_path) == {(0, 1), (0, 2)}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_disk_use_says_what_a_run_may_take(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from runtime.devices import check_triton, choose_device, device_memory_bytes
 from runtime.errors import UserError
 from runtime.exhaustion import as_memory_error
-from runtime.files import atomic_write, atomic_writer, replace_symlink, stale_temporaries, temporary_name
+from runtime.files import atomic_write, atomic_writer, replace_symlink, stale_temporaries, temporary_name, write_once
 from runtime.ranks import Identity, identity_from_environment
 from training.setup import check_environment
 
@@ -413,3 +413,8 @@ def test_a_script_without_its_packages_says_so_in_one_line(script):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: expected the packages of requirements.txt, got a Python without torch")
     assert done.stderr.count("\n") == 1
+
+
+def test_write_once_leaves_what_another_wrote_first(tmp_path):
+    assert write_once(tmp_path / "x", "first") and not write_once(tmp_path / "x", "second")
+    assert (tmp_path / "x").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -56,8 +57,20 @@ def test_run_secret_is_the_same_for_ranks_that_come_at_once(tmp_path):
 def test_run_secret_refuses_a_file_that_others_may_read_or_write(tmp_path, mode):
     run_secret(tmp_path, {})
     (tmp_path / "secret").chmod(mode)
-    with pytest.raises(UserError, match="mode 600"):
+    with pytest.raises(UserError, match=r"mode 600.*set GRUBOROS_SECRET"):
         run_secret(tmp_path, {})
+
+
+def test_a_run_is_neither_claimed_nor_described_before_its_secret_is_accepted(run_train, monkeypatch):
+    population = Path("run/population")
+    population.mkdir(parents=True)
+    population.joinpath("secret").write_text("5a" * 32)
+    population.joinpath("secret").chmod(0o644)  # as a filesystem without modes shows it
+    with pytest.raises(UserError, match="mode 600"):
+        run_train("run", "--train_steps", "1")
+    assert [str(path) for path in Path("run").rglob("*")] == ["run/population", "run/population/secret"]
+    monkeypatch.setenv("GRUBOROS_SECRET", "5a" * 32)
+    run_train("run", "--train_steps", "1")
 
 
 def test_run_secret_refuses_a_foreign_owner(tmp_path, monkeypatch):

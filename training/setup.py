@@ -6,9 +6,7 @@ import os
 import resource
 import secrets
 import socket
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,37 +24,18 @@ from mingru.sizing import parameter_count, resolve_config
 from runtime.devices import check_triton
 from runtime.errors import UserError
 from runtime.ranks import Identity
-from runtime.stderr import say
-from training.checkpoint import (
-    CheckpointError,
-    CheckpointFile,
-    OtherVersionError,
-    UnreadableError,
-    list_checkpoints,
-    read_for_use,
-    read_own_checkpoint,
-)
+from training.checkpoint import read_for_use
 from training.data import Corpus, Region, find_files
 from training.heredity import Heredity
 from training.optimizer import TrainedWeights
 from training.options import Options, resolve_options
 from training.probe import affordable_windows, probe_cost
 from training.run_directory import RunDirectory
-from training.succession import resume_sources
+from training.succession import Resumed
 
 CONV_KERNEL_SIZE = 4  # as in the paper's language model
 DEFAULT_PARAMETERS = 15 * 1024**2
-READ_AGAIN_SECONDS = (1.0, 4.0, 15.0)  # after which a checkpoint that could not be read is read again
 NEED_A_RANKING = {"rejuvenation_probability", "rejuvenation_threshold", "elite_checkpoint_multiplier"}
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that a rank goes on from; moves: with all of its state, else with its weights alone."""
-
-    file: CheckpointFile
-    content: dict[str, Any]
-    moves: bool
 
 
 def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, RunDirectory, bool]:
@@ -111,43 +90,6 @@ def _resumed_options(given: Mapping[str, Any], run: RunDirectory) -> Options:
                 "out, since each rank has its own by now, or start a new run with --init_from"
             )
     return options
-
-
-def read_resumed(run: RunDirectory, identity: Identity) -> Resumed | None:
-    """The checkpoint to go on from: the first whole one of the candidates; those passed over are named.
-
-    None where nobody has saved one yet, and, for a rank that was restarted, where none is whole: it begins again.
-    Raises UserError where none is whole, or could be read, or the first is of another version: that one's work is
-    whole, and is not to be begun again.
-    """
-    if not list_checkpoints(run.path):
-        return None
-    unreadable = None
-    for source in resume_sources(run.path, identity.rank, identity.world_size):
-        try:
-            return Resumed(source.file, _read_patiently(source.file.path, identity.rank), source.moves)
-        except OtherVersionError:
-            raise
-        except CheckpointError as error:
-            say(f"warning: rank {identity.rank} passes over a checkpoint: {error}")
-            unreadable = str(error) if isinstance(error, UnreadableError) else unreadable
-    if unreadable is not None:
-        raise UnreadableError(unreadable)
-    if identity.restarts:
-        return None
-    raise UserError(f"expected a whole checkpoint to resume, got none in {run.path}: start a new run")
-
-
-def _read_patiently(path: Path, rank: int) -> dict[str, Any]:
-    """read_own_checkpoint(), again after a while where the file could not be read: what is passed over for an older one
-    is work to be done again, and most troubles of a filesystem end."""
-    for pause in READ_AGAIN_SECONDS:
-        try:
-            return read_own_checkpoint(path)
-        except UnreadableError as error:
-            say(f"warning: rank {rank} reads a checkpoint again in {pause:g} s: {error}")
-            time.sleep(pause)
-    return read_own_checkpoint(path)
 
 
 def choose_model(options: Options, given: Mapping[str, Any], resumed: Resumed | None) -> ModelConfig:

@@ -7,13 +7,26 @@ changes, the first rank to come writes down once, for all of them, who goes on f
 import json
 import os
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import write_once
-from training.checkpoint import CheckpointFile, best_first, list_checkpoints
+from runtime.ranks import Identity
+from runtime.stderr import say
+from training.checkpoint import (
+    CheckpointError,
+    CheckpointFile,
+    OtherVersionError,
+    UnreadableError,
+    best_first,
+    list_checkpoints,
+    read_own_checkpoint,
+)
 
+READ_AGAIN_SECONDS = (1.0, 4.0, 15.0)  # after which a checkpoint that could not be read is read again
 _LAUNCH = re.compile(r"launch_(\d{4,})\.json")
 
 
@@ -40,6 +53,15 @@ class Source:
     moves: bool
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a rank goes on from; moves: with all of its state, else with its weights alone."""
+
+    file: CheckpointFile
+    content: dict[str, Any]
+    moves: bool
+
+
 def claim_launch(population: Path, launch: Launch) -> Launch:
     """Write `launch` as the next one, or return the one that another rank of the same launch wrote first.
 
@@ -62,6 +84,43 @@ def newest_launch(population: Path) -> Launch | None:
     """The last launch that was written down; None in a folder without any."""
     numbers = _launches(population)
     return _read(population / f"launch_{max(numbers):04d}.json") if numbers else None
+
+
+def read_resumed(run_dir: Path, identity: Identity) -> Resumed | None:
+    """The checkpoint to go on from: the first whole one of the candidates; those passed over are named.
+
+    None where nobody has saved one yet, and, for a rank that was restarted, where none is whole: it begins again.
+    Raises UserError where none is whole, or could be read, or the first is of another version: that one's work is
+    whole, and is not to be begun again.
+    """
+    if not list_checkpoints(run_dir):
+        return None
+    unreadable = None
+    for source in resume_sources(run_dir, identity.rank, identity.world_size):
+        try:
+            return Resumed(source.file, _read_patiently(source.file.path, identity.rank), source.moves)
+        except OtherVersionError:
+            raise
+        except CheckpointError as error:
+            say(f"warning: rank {identity.rank} passes over a checkpoint: {error}")
+            unreadable = str(error) if isinstance(error, UnreadableError) else unreadable
+    if unreadable is not None:
+        raise UnreadableError(unreadable)
+    if identity.restarts:
+        return None
+    raise UserError(f"expected a whole checkpoint to resume, got none in {run_dir}: start a new run")
+
+
+def _read_patiently(path: Path, rank: int) -> dict[str, Any]:
+    """read_own_checkpoint(), again after a while where the file could not be read: what is passed over for an older one
+    is work to be done again, and most troubles of a filesystem end."""
+    for pause in READ_AGAIN_SECONDS:
+        try:
+            return read_own_checkpoint(path)
+        except UnreadableError as error:
+            say(f"warning: rank {rank} reads a checkpoint again in {pause:g} s: {error}")
+            time.sleep(pause)
+    return read_own_checkpoint(path)
 
 
 def resume_sources(run_dir: Path, rank: int, world_size: int) -> list[Source]:

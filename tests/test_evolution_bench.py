@@ -20,6 +20,7 @@ from bench.evolution.policy import DIVERGING, Conditions, parse_arm
 from bench.evolution.real import flags_of, run_real
 from bench.evolution.replica import Replica
 from bench.evolution.report import plot, rows_of
+from bench.evolution.rounding import as_sent, sent_bytes
 from bench.evolution.trial import Setting, _readers, cosine_decay, rate_factors, run_trial
 from gossip.fitness_tracker import FitnessTracker
 from mingru.minLM import MinLM
@@ -248,18 +249,40 @@ def test_evolution_outer_steps_over_plain_adamw_leave_its_moments_where_they_are
     assert [float(replica.live["m.token_emb.weight"].mean()) for replica in replicas] == [1, 2]
 
 
+@pytest.mark.parametrize("wire", ["bf16", "int4"])
 @pytest.mark.parametrize("arm", ["diloco", "noloco"])
-def test_evolution_outer_steps_take_what_was_rounded(corpus, arm):
+def test_evolution_outer_steps_take_what_was_rounded(corpus, arm, wire):
     found = {}
-    for wire in ("fp32", "bf16"):
+    for rounded_to in ("fp32", wire):
         replicas = replicas_of(corpus, 2, seeds=False)
-        policy = policy_on(f"{arm}:every=1,outer_lr=1,momentum=0,wire={wire}", replicas)
+        policy = policy_on(f"{arm}:every=1,outer_lr=1,momentum=0,wire={rounded_to}", replicas)
         for replica in replicas:
             replica.live["z.token_emb.weight"].add_(0.001 * (1 + replica.rank))
         policy.after_step(1)
-        found[wire] = replicas[0].live["z.token_emb.weight"]
-    off = (found["fp32"] - found["bf16"]).abs().max()
+        found[rounded_to] = replicas[0].live["z.token_emb.weight"]
+    off = (found["fp32"] - found[wire]).abs().max()
     assert 0 < off < 0.01
+
+
+def test_evolution_four_bits_of_a_difference_keep_all_but_a_hundredth_of_its_energy():
+    generator = torch.Generator().manual_seed(1)
+    near = {"weight": torch.randn(300, 100, generator=generator), "bias": torch.randn(7, generator=generator)}
+    apart = {name: 0.01 * torch.randn(tensor.shape, generator=generator) for name, tensor in near.items()}
+    apart["weight"][3, 4] = 1.0  # one number that is far off spreads over its block
+    arrived = as_sent({name: near[name] + apart[name] for name in near}, "int4", near=near)
+    off = torch.cat([(arrived[name] - near[name] - apart[name]).flatten() for name in near])
+    energy = torch.cat([tensor.flatten() for tensor in apart.values()]).square().sum()
+    assert 0.008 < off.square().sum() / energy < 0.015  # 0.0115 for a Gaussian
+
+
+def test_evolution_four_bits_are_counted_with_each_blocks_spacing():
+    assert [sent_bytes({"weight": torch.zeros(count)}, "int4") for count in (8192, 8193)] == [4100, 8200]
+
+
+def test_evolution_four_bits_from_each_other_keep_the_sum_of_two():
+    ends = [{"weight": torch.randn(9000, generator=torch.Generator().manual_seed(seed))} for seed in (1, 2)]
+    arrived = [as_sent(end, "int4", near=other)["weight"] for end, other in (ends, reversed(ends))]
+    torch.testing.assert_close(sum(arrived), sum(end["weight"] for end in ends), atol=1e-5, rtol=0)
 
 
 def test_evolution_a_cosine_ends_at_a_tenth_of_the_rate():
@@ -391,7 +414,7 @@ def test_evolution_conditions_change_the_population(corpus):
         ("one_way:winner=taller", "probe, ema or random"),
         ("ours:tie=both", "tie"),
         ("diloco:every=0", "at least 1 step"),
-        ("diloco:wire=int4", "fp32 or bf16"),
+        ("diloco:wire=int8", "fp32 or bf16 or int4"),
         ("ours:limit=0", "a factor above 0"),
         ("solo:optimizer=sgd", "schedulefree or cosine"),
     ],

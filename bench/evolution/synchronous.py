@@ -5,6 +5,7 @@ acts alike, hence on x too; of plain AdamW the one that there is.
 """
 
 import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bench.evolution.policy import Policy, require
 from bench.evolution.replica import Replica, ring_bytes
+from bench.evolution.rounding import WIRES, as_sent, sent_bytes
 
 
 @dataclass
@@ -61,23 +63,32 @@ class MeanAll(Periodic):
 
 @dataclass
 class Outer(Periodic):
-    """An outer optimizer moves weights by what training moved them; moments stay local. wire: fp32, or bf16 (rounded to
-    nearest), of what is sent.
+    """An outer optimizer moves weights by what training moved them; moments stay local. wire: fp32, bf16 or int4, of
+    what is sent.
     """
 
     wire: str = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.wire in ("fp32", "bf16"), "wire", "fp32 or bf16", self.wire)
+        require(self.wire in WIRES, "wire", " or ".join(WIRES), self.wire)
 
-    def as_sent(self, tensor: Tensor) -> Tensor:
-        """What arrives of it elsewhere."""
-        return tensor.bfloat16().float() if self.wire == "bf16" else tensor
+    def displacement(self, ranks: Iterable[int], slow: Callable[[int], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Mean over `ranks` of how far training moved each from its slow weights, as sent."""
+        moved = []
+        for rank in ranks:
+            live, start = self.replicas[rank].trained(), slow(rank)
+            moved.append(as_sent({name: tensor - start[name] for name, tensor in live.items()}, self.wire))
+        return mean_of(moved)
 
     def nbytes(self, replica: Replica) -> float:
         """Of a replica's weights on the wire."""
-        return sum(tensor.nbytes for tensor in replica.trained().values()) / (2 if self.wire == "bf16" else 1)
+        return sent_bytes(replica.trained(), self.wire)
+
+
+def mean_of(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Of each name."""
+    return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
 
 @dataclass
@@ -96,9 +107,9 @@ class DiLoCo(Outer):
 
     @torch.no_grad()
     def act(self) -> None:
+        moved = self.displacement(range(len(self.replicas)), lambda _: self._outer)
         for name, outer in self._outer.items():
-            moved = [self.as_sent(outer - replica.live[name]) for replica in self.replicas]
-            outer.grad = torch.stack(moved).mean(0)
+            outer.grad = -moved[name]
         self._optimizer.step()
         for replica in self.replicas:
             for name, outer in self._outer.items():
@@ -127,18 +138,17 @@ class NoLoCo(Outer):
         self.dice.shuffle(order)
         pairs = [order[first : first + 2] for first in range(0, len(order), 2)]  # the last one alone, of an odd number
         for pair in pairs:
-            for name in self._slow[0]:
-                self._step(pair, name)
+            self._step(pair)
             for rank in pair if len(pair) > 1 else ():
                 self.replicas[rank].sent += 2 * self.nbytes(self.replicas[rank])  # phi and d
 
-    def _step(self, pair: list[int], name: str) -> None:
-        slow = [self._slow[rank][name] for rank in pair]
-        moved = [self.as_sent(self.replicas[rank].live[name] - phi) for rank, phi in zip(pair, slow, strict=True)]
-        displacement, middle = torch.stack(moved).mean(0), torch.stack([self.as_sent(phi) for phi in slow]).mean(0)
-        for rank in pair:
-            phi: Tensor = self._slow[rank][name]
-            velocity = self._velocity[rank][name]
-            velocity.mul_(self.momentum).add_(displacement, alpha=self.outer_lr).add_(middle - phi, alpha=self.pull)
-            phi.add_(velocity)
-            self.replicas[rank].live[name].copy_(phi)
+    def _step(self, pair: list[int]) -> None:
+        moved = self.displacement(pair, self._slow.__getitem__)
+        slow = [self._slow[rank] for rank in pair]
+        middles = [mean_of([as_sent(phi, self.wire, near=own) for phi in slow]) for own in slow]
+        for rank, middle in zip(pair, middles, strict=True):
+            for name, phi in self._slow[rank].items():
+                velocity = self._velocity[rank][name]
+                velocity.mul_(self.momentum).add_(moved[name], alpha=self.outer_lr)
+                phi.add_(velocity.add_(middle[name] - phi, alpha=self.pull))
+                self.replicas[rank].live[name].copy_(phi)

@@ -19,6 +19,7 @@ from pathlib import Path
 from runtime.arguments import ArgumentParser, as_argument, normalise_flags, run_main
 from runtime.devices import check_triton, choose_device
 from runtime.errors import UserError
+from runtime.stdout import writing_to_stdout
 from training.checkpoint import build_model
 from training.exported import Model, read_model, refuse_existing, write_model
 from training.options import parse_delimiter
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> None:
             built = build_model(model.config, model.weights, device).eval()
             delimiter = getattr(options, "document_delimiter", model.document_delimiter)
             bits = score(built, options.score, delimiter)
-            print(f"{bits:.4f} bits per byte, {path}", flush=True)
+            with writing_to_stdout():
+                print(f"{bits:.4f} bits per byte, {path}")
 
     if options.average is None:
         model = read_model(options.model)

@@ -26,13 +26,14 @@ from runtime.allocator import keep_freed_memory
 from runtime.arguments import ArgumentParser, as_argument, normalise_flags, run_main
 from runtime.devices import check_triton, choose_device
 from runtime.errors import UserError
+from runtime.stdout import writing_to_stdout
 from training.checkpoint import load_for_use
 from training.options import parse_delimiter
 from training.scoring import CHUNK, advance, score
 
 SAMPLE_SEPARATOR = b"\x1e"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal, as shells report it
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(argv: list[str]) -> int:
@@ -180,11 +181,11 @@ def choose_decoder(model: MinLM, lanes: int) -> Decoder | GraphDecoder | None:
 def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) -> int:
     """Stream the first sample; the others follow, each after a separator. Ctrl-C ends all of them where they are.
 
-    Raises UserError where standard output cannot be written, unless its reader has gone: who read it has enough.
+    Raises UserError, ReaderGone.
     """
     out, status = sys.stdout.buffer, 0
     others = [bytearray() for _ in range(samples - 1)]
-    try:
+    with writing_to_stdout():
         _write(out, prompt)
         try:
             for ids in continuation:
@@ -195,12 +196,6 @@ def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) 
             status = _INTERRUPTED
         for other in others:
             _write(out, SAMPLE_SEPARATOR + prompt + other)
-    except OSError as error:
-        # What is left in the buffer would fail once more at exit, loudly: it goes nowhere instead.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-        if isinstance(error, BrokenPipeError):
-            return _BROKEN_PIPE
-        raise UserError(f"expected to write to standard output, got {error.strerror}: send it elsewhere") from None
     return status
 
 

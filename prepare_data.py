@@ -25,6 +25,7 @@ from preparation.partial import Tally, partial_paths
 from preparation.statistics import measure, report
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.errors import UserError
+from runtime.stdout import writing_to_stdout
 from training.data import find_files
 from training.options import parse_size
 
@@ -35,7 +36,9 @@ def main(arguments: list[str]) -> None:
     if options.stats is not None:
         if options.inputs or options.output is not None or options.python_stdlib:
             raise UserError("expected --stats alone, got inputs or --output beside it: keep one or the other")
-        print(report(measure(options.stats)))
+        statistics = report(measure(options.stats))
+        with writing_to_stdout():
+            print(statistics)
         return
     if options.output is None:
         raise UserError("expected --output, the corpus to write, or --stats, got neither: see --help")

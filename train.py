@@ -183,6 +183,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
     inherits = resumed is not None and resumed.file.rank != identity.rank  # its own work so far is another line
     try:
         retire_from(run.path, identity.rank, trainer.totals.step + (not inherits))
+        disk = disk_use(run.path, policy, checkpoint_bytes(schema, parameters, trainer.state), identity.world_size)
     except OSError as error:
         raise UserError(f"expected to archive checkpoints in {run.path}, got {error.strerror}: mend it") from None
     begins_again = goes_on and resumed is None
@@ -200,10 +201,7 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         + ("; from its beginning, since there is no checkpoint" if begins_again else ""),
         echo=is_first,
     )
-    log.line(
-        disk_use(run.path, policy, checkpoint_bytes(schema, parameters, trainer.state), identity.world_size),
-        echo=is_first,
-    )
+    log.line(disk, echo=is_first)
     shares = ", ".join(f"{name} {value:.4g}" for name, value in heredity.values.items())
     whence = ""
     if probe_region.overlaps(training_region):

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.errors import UserError
+from runtime.stdout import writing_to_stdout
 from training.metrics import bits
 from training.onlooker import COUNTS, FLOW_MINUTES, Onlooker, Row, View, population_seconds, thinned
 
@@ -79,7 +80,9 @@ def main(arguments: list[str]) -> None:
     if not console.is_terminal:
         console.width = max(console.width, WIDTH_OF_A_FILE)
     if options.once:
-        console.print(screen(options.run_dir, look_once(onlooker), console.width))
+        population = screen(options.run_dir, look_once(onlooker), console.width)
+        with writing_to_stdout():
+            console.print(population)
         return
     try:
         follow(options.run_dir, Reader(onlooker), console)
@@ -100,16 +103,15 @@ def look_once(onlooker: Onlooker) -> View:
 def follow(run_dir: Path, reader: Reader, console: Console) -> None:
     """Draw what `reader` sees until all ranks have left. Raises what ended the reader."""
     reader.start()
-    with Live(Text(f"reading {run_dir}"), console=console, auto_refresh=False) as live:
-        while True:
+    with writing_to_stdout(), Live(Text(f"reading {run_dir}"), console=console, auto_refresh=False) as live:
+        while reader.error is None:
             view, silence = reader.view, time.monotonic() - reader.looked
-            if reader.error is not None:
-                raise reader.error
             if view is not None:
                 live.update(screen(run_dir, view, console.width, console.height, silence), refresh=True)
                 if view.over:
                     return
             time.sleep(REFRESH_SECONDS / 4)
+    raise reader.error
 
 
 def screen(run_dir: Path, view: View, width: int, height: int | None = None, silence: float = 0.0) -> Group:

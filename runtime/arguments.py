@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from runtime.errors import UserError
 from runtime.stderr import say, settle
+from runtime.stdout import ReaderGone
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -47,13 +48,15 @@ def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Exit with the status that `main(arguments)` returns (None: 0).
 
     A UserError becomes one line "error: ..." on standard error and its status; Ctrl-C where main does not handle it,
-    130.
+    130; a reader of standard output who has gone, 141.
     """
     try:
         status = main(sys.argv[1:])
     except UserError as error:
         say(f"error: {error}")
         status = error.status
+    except ReaderGone as gone:
+        status = gone.status
     except KeyboardInterrupt:
         status = 130
     settle()

@@ -32,7 +32,7 @@ from training.options import parse_delimiter
 from training.scoring import CHUNK, advance, score
 
 SAMPLE_SEPARATOR = b"\x1e"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -84,7 +84,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--cuda", action="store_true", help="run on an NVIDIA GPU (default: the best device there is)")
     add("--rocm", action="store_true", help="run on an AMD GPU")
     add("--cpu", action="store_true", help="run on the CPU")
-    add("--dtype", choices=list(_DTYPES), default="float32", help="of weights and activations (default: %(default)s)")
+    add("--dtype", choices=list(_DTYPES), default="fp32", help="of weights and activations (default: %(default)s)")
     add(
         "--document_delimiter", type=as_argument(parse_delimiter), default=argparse.SUPPRESS, metavar="N",
         help="byte at which a document ends, in hexadecimal, or none (default: as the model was trained)",
@@ -183,9 +183,10 @@ def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) 
 
     Raises UserError, ReaderGone.
     """
-    out, status = sys.stdout.buffer, 0
+    status = 0
     others = [bytearray() for _ in range(samples - 1)]
     with writing_to_stdout():
+        out = sys.stdout.buffer
         _write(out, prompt)
         try:
             for ids in continuation:

@@ -23,11 +23,10 @@ from pathlib import Path
 from preparation.joining import join
 from preparation.partial import Tally, partial_paths
 from preparation.statistics import measure, report
-from runtime.arguments import ArgumentParser, normalise_flags, run_main
+from runtime.arguments import ArgumentParser, normalise_flags, parse_size, run_main
 from runtime.errors import UserError
 from runtime.stdout import writing_to_stdout
 from training.data import find_files
-from training.options import parse_size
 
 
 def main(arguments: list[str]) -> None:

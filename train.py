@@ -8,6 +8,7 @@ starts many of these processes; alone, this one is a population of one.
 
 import runtime.packages  # noqa: F401  # isort: skip
 
+import contextlib
 import functools
 import math
 import os
@@ -15,7 +16,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from runtime.signals import SignalFlags
 
@@ -23,39 +24,33 @@ signals = SignalFlags()
 if __name__ == "__main__":
     signals.install()  # before torch: its import takes seconds, in which any signal would end the process
 
-import torch
-
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode
 from gossip.filesystem_coordinator import RankReplaced
 from gossip.fitness_tracker import FitnessTracker
 from gossip.state import Schema
-from mingru.sizing import parameter_count
-from runtime.allocator import gather_in_huge_pages, keep_freed_memory
+from runtime.allocator import gather_in_huge_pages
 from runtime.arguments import run_main
-from runtime.devices import choose_device, ranks_sharing
 from runtime.errors import UserError
 from runtime.exhaustion import as_memory_error
 from runtime.files import set_aside
 from runtime.ranks import Identity, identity_from_environment
+from runtime.scribe import Scribe
 from runtime.stderr import say
 from training import setup
-from training.checkpoint import build_model, checkpoint_bytes
+from training.checkpoint import checkpoint_bytes
 from training.checkpoint_writer import NO_MEMORY, CheckpointWriter
-from training.computation import check_compiler, choose_dtype, peak_flops
-from training.data import LaneReader
+from training.computation import peak_flops
 from training.fitness import Fitness
 from training.loop import Parts, Trainer
-from training.memory import check_memory, estimate_memory
 from training.metrics import MetricsFile, Progress, RunLog
 from training.objections import Objections
-from training.optimizer import build_optimizer
 from training.options import parse_arguments
-from training.probe import LEAST_HELD_OUT, Probe, split_probe
+from training.probe import LEAST_HELD_OUT, Probe
 from training.recovery import TrainingDiverged
 from training.resume import restore
 from training.retention import RetentionPolicy, disk_use, remove_leftovers, retire_from, tidy
-from training.succession import read_resumed
+from training.start import Start, prepare
 
 
 def main(arguments: list[str], signals: SignalFlags | None = None) -> int:
@@ -81,51 +76,31 @@ def main(arguments: list[str], signals: SignalFlags | None = None) -> int:
 
 
 def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags) -> int:
-    """One process of a rank. What a user can get wrong is found before the run directory is touched."""
-    options, run, goes_on = setup.choose_run(given, identity)
-    setup.check_secret(options, run)
-    shared = options.population.filesystem_coordinator
-    is_first = identity.rank == 0 or (identity.local_rank == 0 and not shared)  # of those with this folder and terminal
-    population = setup.gossip_config(options)
-    device = choose_device(options.run.cuda, options.run.rocm, options.run.cpu, identity.local_rank)
-    setup.check_environment(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    dtype = choose_dtype(options.compute.dtype, device)
-    check_compiler(options.compute, device)
-    held = run.lock() if goes_on else None
-    resumed = read_resumed(run.path, identity) if goes_on else None
-    config = setup.choose_model(options, given, resumed)
-    setup.resolve_model(options, config)
-    probe_share = setup.resolve_probe(options)
-    parameters = parameter_count(config)
-    memory = estimate_memory(parameters, options.population.gossip_payload)
-    ranks_here = max(1, identity.local_world_size)
-    check_memory(memory, device, ranks_here, ranks_sharing(device, ranks_here, os.environ))
-    heredity = setup.heredity(options, identity)
-    training_region, held_out = setup.open_data(options)
-    probe_region, held_out = split_probe(training_region, held_out)
-    lanes = LaneReader(
-        training_region, options.data.batch_size, options.data.chunk_size,
-        rank=identity.rank, world_size=identity.world_size, seed=options.optimizer.seed,
-        groups=options.data.lane_groups,
-    )  # fmt: skip
-    try:
-        with as_memory_error():
-            model = build_model(config, setup.initial_weights(options, config, resumed), device)
-            weights = build_optimizer(model, options.optimizer)
-    except MemoryError as error:
-        raise UserError(
-            f"expected memory for the model on {device}, got {str(error) or NO_MEMORY}: choose smaller --params, or "
-            "end what else takes memory there"
-        ) from None
-    torch.manual_seed((options.optimizer.seed * 1_000_003 + identity.rank + 1) % 2**63)  # dropout differs by rank
-    schema = Schema.of(weights.tensors(), weights.rules, {})
-    travelling = setup.gossip_state(options, weights)
-    listener = setup.open_listener(options, identity)
-    log = RunLog(run.log, echo=is_first and not sys.stderr.isatty())
+    """One process of a rank, from its flags to its exit status."""
+    start = prepare(given, identity)
+    options, run = start.options, start.run
+    with contextlib.ExitStack() as ending:
+        lock = ending.enter_context(contextlib.ExitStack())  # let go of last
+        scribe = Scribe()
+        ending.callback(scribe.close)
+        log = RunLog(run.log, echo=start.is_first and not sys.stderr.isatty(), hand=scribe.hand)
+        ending.callback(log.close)
+        lock.callback(enter(start, log).close)
+        policy = RetentionPolicy(options.run.keep_checkpoints, options.run.keep_elite, options.run.archive_rate)
+        trainer = assemble(start, policy, signals, log, scribe)
+        ending.callback(trainer.parts.events.close)
+        take_up(start, trainer)
+        announce(start, policy, trainer)
+        if start.inherits or (not start.resumed and options.run.init_from):
+            trainer.saving.begin("where it starts")  # what it came from lies elsewhere, and may go
+        start.resumed = None  # a whole state
+        return train(start, trainer)
 
-    if not goes_on:
+
+def enter(start: Start, log: RunLog) -> BinaryIO:
+    """Take the rank's place in the run directory; returns the lock that holds it. Raises UserError."""
+    run, identity, held = start.run, start.identity, start.held
+    if not start.goes_on:
         run.claim(identity)
         held = run.lock()
         if not identity.restarts:  # another run of this name may have left its own
@@ -135,95 +110,115 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
         remove_leftovers(run.path, identity.rank)
     except OSError as error:
         say(f"warning: rank {identity.rank}: what killed processes left in {run.path} stays: {error.strerror}")
-    if is_first or not goes_on:  # a new run's by whoever is there first
-        run.write_config(options, config, parameters, identity, str(device), is_new=not goes_on)
-    events = EventLog(run.event_log, identity.rank, tell=log.mix)
+    if start.is_first or not start.goes_on:  # a new run's by whoever is there first
+        run.write_config(
+            start.options, start.config, start.parameters, identity, str(start.device), is_new=not start.goes_on
+        )
+    return held
+
+
+def assemble(start: Start, policy: RetentionPolicy, signals: SignalFlags, log: RunLog, scribe: Scribe) -> Trainer:
+    """The Trainer, of its parts, as a new run's begins."""
+    options, run, identity, weights = start.options, start.run, start.identity, start.weights
+    heredity = start.heredity
+    events = EventLog(run.event_log, identity.rank, tell=log.mix, hand=scribe.hand)
     archive_dice = random.Random()
-    policy = RetentionPolicy(options.run.keep_checkpoints, options.run.keep_elite, options.run.archive_rate)
 
     def tidy_run() -> None:
         tidy(run.path, policy, archive_dice)
 
-    fitness = Fitness(
-        options.population.gossip_fitness, FitnessTracker(options.population.gossip_fitness_decay),
-        Probe(
-            model, weights, probe_region, options.population.probe_windows,
-            options.data.batch_size * options.data.chunk_size, device, dtype,
-        ),
-        options.population.probe_every,
-    )  # fmt: skip
-
     def genes() -> dict[str, float]:
         return {"lr": options.optimizer.lr} | heredity.values
 
+    fitness = Fitness(
+        options.population.gossip_fitness, FitnessTracker(options.population.gossip_fitness_decay),
+        Probe(
+            start.model, weights, start.probe_region, options.population.probe_windows,
+            options.data.batch_size * options.data.chunk_size, start.device, start.dtype,
+        ),
+        options.population.probe_every,
+    )  # fmt: skip
     objections = Objections(weights, genes, lr_evolves="lr" in heredity.values)
+    travelling = setup.gossip_state(options, weights)
+    terms = setup.terms(options, weights, start.training_region, start.held_out)
     node = EvolutionaryNode(
-        identity=identity, run_id=setup.run_identity(run), run_dir=run.path, listener=listener,
-        schema=Schema.of(travelling, weights.rules, setup.terms(options, weights, training_region, held_out)),
-        live=travelling, scalars=weights.scalars, config=population, event_log=events,
-        seed=options.optimizer.seed, leader_duty=lambda roster: tidy_run(), secret=setup.choose_secret(options, run),
-        judge=fitness.judge, known=lambda: fitness.known, genes=genes,
+        identity=identity, run_id=setup.run_identity(run), run_dir=run.path, listener=start.listener,
+        schema=Schema.of(travelling, weights.rules, terms), live=travelling, scalars=weights.scalars,
+        config=start.gossip, event_log=events, seed=options.optimizer.seed, leader_duty=lambda roster: tidy_run(),
+        secret=setup.choose_secret(options, run), judge=fitness.judge, known=lambda: fitness.known, genes=genes,
         objection=lambda peer: objections.to(peer.buffer.views, peer.scalars, peer.genes),
     )  # fmt: skip
-    trainer = Trainer(
+    schema = Schema.of(weights.tensors(), weights.rules, {})
+    writer = CheckpointWriter(
+        run.path, identity.rank, start.config, options.data.document_delimiter, weights, schema, tidy_run
+    )
+    return Trainer(
         Parts(
-            options=options, run=run, device=device, model=model, weights=weights, schema=schema, lanes=lanes,
-            held_out=held_out, fitness=fitness, heredity=heredity, node=node,
-            writer=CheckpointWriter(
-                run.path, identity.rank, config, options.data.document_delimiter, weights, schema, tidy_run
-            ),
-            signals=signals,
-            metrics=MetricsFile(run.metrics), log=log, events=events, objections=objections,
-            initial_weights=lambda: setup.initial_weights(options, config, None),
+            options=options, run=run, device=start.device, model=start.model, weights=weights, schema=schema,
+            lanes=start.lanes, held_out=start.held_out, writer=writer, node=node, fitness=fitness, heredity=heredity,
+            signals=signals, metrics=MetricsFile(run.metrics), hand=scribe.hand, log=log, events=events,
+            objections=objections, initial_weights=lambda: setup.initial_weights(options, start.config, None),
         )
     )  # fmt: skip
+
+
+def take_up(start: Start, trainer: Trainer) -> None:
+    """Put the trainer where the rank was, and out of its way what it is going to do again. Raises UserError."""
     trainer.apply_hyperparameters()
-    if resumed:
-        restore(trainer, resumed.content["training"], moves=resumed.moves)
-    inherits = resumed is not None and resumed.file.rank != identity.rank  # its own work so far is another line
+    if start.resumed:
+        restore(trainer, start.resumed.content["training"], moves=start.resumed.moves)
+    run, step = start.run, trainer.totals.step
     try:
-        retire_from(run.path, identity.rank, trainer.totals.step + (not inherits))
-        disk = disk_use(run.path, policy, checkpoint_bytes(schema, parameters, trainer.state), identity.world_size)
+        retire_from(run.path, run.rank, step + (not start.inherits))
     except OSError as error:
         raise UserError(f"expected to archive checkpoints in {run.path}, got {error.strerror}: mend it") from None
-    begins_again = goes_on and resumed is None
     try:
-        if begins_again:  # its rows may be all that is left of work whose checkpoints somebody has taken away
+        if start.begins_again:  # its rows may be all that is left of work whose checkpoints somebody has taken away
             set_aside(run.metrics)
-        trainer.parts.metrics.rewind(trainer.totals.step)
+        trainer.parts.metrics.rewind(step)
     except OSError as error:
         trainer.event("metrics_failed", f"rows of steps to be done again stay: {error.strerror or error}")
-    log.line(
-        f"rank {identity.rank} of {identity.world_size} ({identity.source}) on {device}: {parameters:,} parameters "
-        f"(dim {config.dim}, depth {config.depth}), {memory}; {len(training_region):,} bytes to train on, "
-        f"{len(held_out) if held_out is not None else 0:,} to validate on"
-        + (f"; resumed {resumed.file.path.name}" if resumed else "")
-        + ("; from its beginning, since there is no checkpoint" if begins_again else ""),
-        echo=is_first,
-    )
-    log.line(disk, echo=is_first)
-    shares = ", ".join(f"{name} {value:.4g}" for name, value in heredity.values.items())
+
+
+def announce(start: Start, policy: RetentionPolicy, trainer: Trainer) -> None:
+    """Say in the log, and of the first rank on the terminal, what is about to train. Raises UserError."""
+    config, identity, device, heredity = start.config, start.identity, start.device, start.heredity
+    held_out = 0 if start.held_out is None else len(start.held_out)
+    try:
+        file_bytes = checkpoint_bytes(trainer.parts.schema, start.parameters, trainer.state)
+        disk = disk_use(start.run.path, policy, file_bytes, identity.world_size)
+    except OSError as error:
+        raise UserError(f"expected to list {start.run.path}, got {error.strerror}: mend it") from None
     whence = ""
-    if probe_region.overlaps(training_region):
+    if start.probe_region.overlaps(start.training_region):
         whence = f" of the training bytes' end: fewer than {LEAST_HELD_OUT:,} are held out"
-    log.line(
-        f"{fitness.probe}{whence}, about {probe_share:.1%} of training's work"
+    shares = ", ".join(f"{name} {value:.4g}" for name, value in heredity.values.items())
+    mfu = "no MFU: its peak is unknown" if peak_flops(device, start.dtype) is None else "MFU beside the rate"
+    for line in (
+        f"rank {identity.rank} of {identity.world_size} ({identity.source}) on {device}: {start.parameters:,} "
+        f"parameters (dim {config.dim}, depth {config.depth}), {start.memory}; {len(start.training_region):,} bytes to "
+        f"train on, {held_out:,} to validate on"
+        + (f"; resumed {start.resumed.file.path.name}" if start.resumed else "")
+        + ("; from its beginning, since there is no checkpoint" if start.begins_again else ""),
+        disk,
+        f"{trainer.parts.fitness.probe}{whence}, about {start.probe_share:.1%} of training's work"
         + (f"; evolves {shares}" if shares else ""),
-        echo=is_first,
-    )
-    mfu = "no MFU: its peak is unknown" if peak_flops(device, dtype) is None else "MFU beside the rate"
-    log.line(f"computes in {str(dtype).removeprefix('torch.')} on {device}; {mfu}", echo=is_first)
-    if inherits or (not resumed and options.run.init_from):
-        trainer.saving.begin("where it starts")  # what it came from lies elsewhere, and may go
-    del resumed  # a whole state
-    if device.type == "cpu":
+        f"computes in {str(start.dtype).removeprefix('torch.')} on {device}; {mfu}",
+    ):
+        trainer.parts.log.line(line, echo=start.is_first)
+
+
+def train(start: Start, trainer: Trainer) -> int:
+    """From the first step to the last save; returns the status to exit with."""
+    options, identity, node = start.options, start.identity, trainer.parts.node
+    if start.device.type == "cpu":
         gather_in_huge_pages()
     deadline = None
     if options.run.max_minutes:  # a rank that was restarted ends with the others
         began = identity.began if identity.restarts else None
         deadline = (time.monotonic() if began is None else began) + options.run.max_minutes * 60
     progress = None
-    if is_first and sys.stderr.isatty():
+    if start.is_first and sys.stderr.isatty():
         progress = Progress(trainer.totals.step, options.run.train_steps, deadline)
     try:
         node.start()
@@ -238,9 +233,6 @@ def run_rank(given: Mapping[str, Any], identity: Identity, signals: SignalFlags)
             progress.close()
         node.close()
         trainer.saving.finish()
-        events.close()
-        log.close()
-        held.close()
     if (why := trainer.saving.unsaved) is not None:
         say(f"error: rank {identity.rank}: its last steps, up to {trainer.totals.step}, are lost: {why}")
         return 1

@@ -161,7 +161,7 @@ def make_table(run_dir: Path, rows: tuple[Row, ...], width: int) -> Table:
     """The table of these ranks; the best loss stands out."""
     wide = width >= WIDE
     counts = COUNTS if wide else NARROW_COUNTS
-    table = Table(title=str(run_dir), caption=CAPTION, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(title=Text(str(run_dir)), caption=CAPTION, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     headings = ["rank", "state", "trend", "bits", *(["best"] if wide else []), "held-out", "step", "kB/s", "beat"]
     for heading in (*headings, *(COUNT_HEADINGS.get(name, name) for name in counts)):
         table.add_column(heading, justify="left" if heading in ("state", "trend") else "right", no_wrap=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from bench.evidence import RESULTS, write_result
 from bench.speed.exchange import make_state
+from gossip.config import GossipConfig
 from gossip.decision import Policy
 from gossip.event_log import EventLog
-from gossip.evolutionary_node import EvolutionaryNode, GossipConfig
+from gossip.evolutionary_node import EvolutionaryNode
 from gossip.network_utils import listen
 from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.ranks import Identity
@@ -54,8 +55,8 @@ def one_rank(pipe, rank: int, megabytes: int, case: str) -> None:
         host, port = listener.getsockname()
         pipe.send(f"{host}:{port}")
         config = GossipConfig(
-            policy=Policy(method=method), filesystem_coordinator=False, peers=(pipe.recv(),), mixing_rate=0.0,
-            exchange_seconds=PATIENCE,
+            policy=Policy(method, "ema"), wire_dtype="fp32", filesystem_coordinator=False, peers=(pipe.recv(),),
+            mixing_rate=0.0, exchange_seconds=PATIENCE,
         )  # fmt: skip
         node = EvolutionaryNode(
             Identity(rank, rank, 2, 2, "alone"), "bench", Path(folder), listener, schema, live, lambda: {"k": 0.0},

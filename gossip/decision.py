@@ -21,7 +21,7 @@ class Policy:
     """
 
     method: str = "recombination"
-    fitness: str = "ema"
+    fitness: str = "probe"
     tie: str = "average"
     significance: float = 0.05
     least_effect: float = 0.01
@@ -52,7 +52,7 @@ def decide(initiator: Hello, responder: Hello, policy: Policy) -> Decision:
     elif policy.fitness == "probe":
         decision = _by_probe(initiator, responder, policy)
     else:
-        decision = _by_average(initiator.fitness, responder.fitness, policy.method)
+        decision = _by_ema(initiator.fitness, responder.fitness, policy.method)
     to_initiator = decision.flow in (Flow.RESPONDER_SENDS, Flow.BOTH)
     to_responder = decision.flow in (Flow.INITIATOR_SENDS, Flow.BOTH)
     if (to_initiator and not initiator.accepts) or (to_responder and not responder.accepts):
@@ -76,7 +76,7 @@ def _by_probe(initiator: Hello, responder: Hello, policy: Policy) -> Decision:
     return Decision(flow, f"clear: {comparison}", whole=policy.method == "clonal")
 
 
-def _by_average(initiator: float | None, responder: float | None, method: str) -> Decision:
+def _by_ema(initiator: float | None, responder: float | None, method: str) -> Decision:
     if initiator is None or responder is None:
         return Decision(Flow.NONE, "fitness unknown")
     if initiator == responder:

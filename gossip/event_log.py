@@ -1,11 +1,13 @@
 """What happened between this rank and its peers, one tab-separated line per event."""
 
 import datetime
+import functools
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from runtime.scribe import Hand, at_once
 from runtime.stderr import say
 
 COLUMNS = (
@@ -21,22 +23,22 @@ COLUMNS = (
     "message",
 )
 MISSING = "NA"
-PATIENCE_SECONDS = 2.0  # for another thread's line, which a hung filesystem may hold for ever
 
 
 class EventLog:
-    """Appends events to the TSV file `path`; any thread may write, and neither a full nor a hung disk stops training.
+    """Appends events to the TSV file `path`; any thread may write, and a full disk does not stop training.
 
     The file is made with its folders and a header, or continued where it exists. What cannot be written is reported
-    once on standard error and counted in `lost`, and the next event tries again. Where the disk hangs, one thread hangs
-    with it: the others lose their events.
-    tell: called on the writing thread with each event that has a peer: event, step, peer, bytes, milliseconds, message.
+    once on standard error and counted in `lost`, and the next event tries again.
+    tell: called by write() with each event that has a peer: event, step, peer, bytes, milliseconds, message; hand: who
+    does the writing, so that a disk that hangs holds up nobody else.
     """
 
-    def __init__(self, path: Path, rank: int, tell: Callable[..., None] | None = None) -> None:
+    def __init__(self, path: Path, rank: int, tell: Callable[..., None] | None = None, hand: Hand = at_once) -> None:
         self.path = Path(path)
         self.rank = rank
         self._tell = tell
+        self._hand = hand
         self.lost = 0
         self._lock = threading.Lock()
         self._descriptor: int | None = None
@@ -58,7 +60,8 @@ class EventLog:
     ) -> None:
         """Append one line with the time of now; fitness is a loss in nats per byte. Never raises OSError."""
         if self._tell is not None and peer is not None:
-            self._tell(event, step, peer, nbytes, milliseconds, message)
+            who = peer if isinstance(peer, int) else _text(peer)
+            self._tell(event, step, who, nbytes, milliseconds, _text(message) if message else "")
         fields = (
             _timestamp(),
             str(self.rank),
@@ -71,24 +74,25 @@ class EventLog:
             MISSING if milliseconds is None else f"{milliseconds:.1f}",
             _text(message),
         )
-        if not self._lock.acquire(timeout=PATIENCE_SECONDS):
-            self._lose("another event is still being written")
-            return
-        try:
-            if self._descriptor is None:
-                self._descriptor = self._open()
-            _append(self._descriptor, "\t".join(fields) + "\n")
-        except OSError as error:
-            self._abandon()  # what the failed write left of its line is ended by the next _open
-            self._lose(str(error))
-        finally:
-            self._lock.release()
+        self._hand(functools.partial(self._write, "\t".join(fields) + "\n"))
 
     def close(self) -> None:
-        """Close the file, unless an event is still being written; a later write opens it again."""
-        if self._lock.acquire(timeout=PATIENCE_SECONDS):
+        """Close the file; a later write opens it again."""
+        self._hand(self._close)
+
+    def _write(self, line: str) -> None:
+        with self._lock:
+            try:
+                if self._descriptor is None:
+                    self._descriptor = self._open()
+                _append(self._descriptor, line)
+            except OSError as error:
+                self._abandon()  # what the failed write left of its line is ended by the next _open
+                self._lose(str(error))
+
+    def _close(self) -> None:
+        with self._lock:
             self._abandon()
-            self._lock.release()
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,15 +6,15 @@ import os
 import random
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from gossip import lattice, state_native
 from gossip.comparison import Evidence
-from gossip.decision import Policy
+from gossip.config import GossipConfig
 from gossip.event_log import EventLog
 from gossip.exchange import Outcome
 from gossip.faults import Fault, ProtocolError
@@ -24,60 +24,17 @@ from gossip.heartbeat import Heartbeat
 from gossip.intake import Intake, MergeReport
 from gossip.ledger import Counters, Ledger
 from gossip.merge import Losses
-from gossip.network_utils import join_address, parse_peer
+from gossip.network_utils import join_address
 from gossip.protocol import Hello
 from gossip.reputation import Reputation
 from gossip.seeking import Seeking
 from gossip.snapshot_desk import SnapshotDesk
 from gossip.state import Schema, Snapshot
 from gossip.switchboard import Switchboard
-from gossip.wire_format import WIRE_DTYPES
-from runtime.errors import UserError
 from runtime.ranks import Identity
 
 POPULATION_FOLDER = "population"
-
-
-@dataclass(frozen=True)
-class GossipConfig:
-    """How a rank takes part in the population.
-
-    mixing_rate: chance of a call at each step; policy: whose weights travel, and how they are merged;
-    recombination_alpha: share of a fitter peer, 0 to 1; wire_dtype: one of WIRE_DTYPES; peers: "host:port" to call
-    beside those in the registry; filesystem_coordinator: keep the registry in the run directory; *_seconds: between
-    heartbeats, of silence after which a rank counts as dead, and for a whole exchange; rollback_tolerance: a merge that
-    makes one of the judge's losses worse by more (nats per byte) is undone, None: none is.
-    """
-
-    mixing_rate: float = 0.01
-    policy: Policy = field(default_factory=Policy)
-    recombination_alpha: float = 0.5
-    wire_dtype: str = "fp32"
-    peers: tuple[str, ...] = ()
-    filesystem_coordinator: bool = True
-    heartbeat_seconds: float = 2.0
-    liveness_seconds: float = 20.0
-    exchange_seconds: float = 60.0
-    rollback_tolerance: float | None = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("mixing_rate", "recombination_alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"expected {name} from 0 to 1, got {getattr(self, name)}: choose a share")
-        for name in ("heartbeat_seconds", "liveness_seconds", "exchange_seconds"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"expected {name} above 0, got {getattr(self, name)}: choose a time in seconds")
-        if self.liveness_seconds <= self.heartbeat_seconds:
-            raise UserError(
-                f"expected liveness_seconds above heartbeat_seconds, got {self.liveness_seconds} and "
-                f"{self.heartbeat_seconds}: allow for several heartbeats"
-            )
-        if self.rollback_tolerance is not None and not self.rollback_tolerance >= 0:
-            raise UserError(f"expected rollback_tolerance from 0, got {self.rollback_tolerance}: choose nats per byte")
-        if self.wire_dtype not in WIRE_DTYPES:
-            raise UserError(f"expected wire_dtype {' or '.join(WIRE_DTYPES)}, got {self.wire_dtype!r}: choose one")
-        for peer in self.peers:
-            parse_peer(peer)
+SELF_SECONDS = 600.0  # in which an address that led to this rank itself is not called again
 
 
 class EvolutionaryNode:
@@ -129,6 +86,7 @@ class EvolutionaryNode:
         self._dice = random.Random(f"dice {seed} {identity.rank}")
         self._peer_dice = random.Random(f"peers {seed} {identity.rank}")  # the network thread's
         self._peers = config.peers
+        self._forgotten: dict[str, float] = {}  # until when on time.monotonic, by address
         self._reputation = Reputation()
         self._seeking = Seeking()
         self._looks = 0, 0  # a generation, and the comparisons that its weights were in; the network thread's
@@ -307,7 +265,10 @@ class EvolutionaryNode:
         """Of peers that live as far as the registry knows, and of those that the configuration names."""
         roster = self.roster
         registered = [member.address for member in roster.peers(self._identity.rank)] if roster is not None else []
-        return list(dict.fromkeys([*registered, *self._peers]))
+        now = time.monotonic()
+        named = [peer for peer in self._peers if self._forgotten.get(peer, now) <= now]
+        return list(dict.fromkeys([*registered, *named]))
 
     def _forget_peer(self, address: str) -> None:
-        self._peers = tuple(peer for peer in self._peers if peer != address)
+        """Not for ever: whoever is on the path can lead a call back to its caller once, and may be gone."""
+        self._forgotten[address] = time.monotonic() + SELF_SECONDS

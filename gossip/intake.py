@@ -25,23 +25,17 @@ class MergeReport:
 
     peer_lineage: optimizer steps behind the peer's snapshot, own or inherited; peer_scalars: its optimizer's scalars,
     which come along when `clonal`, that is when the snapshot was taken whole; peer_genes: the hyperparameters it was
-    trained with; method: how it was merged; both: the peer took the mean as well; distance: of the two before it, see
-    merge(); judged: the judge was asked, last of all about the weights as they are now; seconds: how long it held up
-    training.
+    trained with; both: the peer took the mean as well; distance: of the two before it, see merge(); judged: the judge
+    was asked, last of all about the weights as they are now.
     """
 
-    exchange_id: str
-    peer_rank: int
-    peer_step: int
     peer_lineage: int
     peer_scalars: dict[str, float]
     peer_genes: dict[str, float]
-    method: str
     both: bool
     clonal: bool
     distance: float
     judged: bool
-    seconds: float
 
 
 class Intake:
@@ -117,18 +111,13 @@ class Intake:
             moment += f", {outcome.received.left_out:.1%} left out"
         self._end(delivery, ending, event, f"{outcome.decision.reason}; {moment}")
         return MergeReport(
-            exchange_id=delivery.talk.exchange_id,
-            peer_rank=outcome.theirs.rank,
-            peer_step=outcome.received.step,
             peer_lineage=outcome.received.lineage,
             peer_scalars=outcome.received.scalars,
-            method=method,
             peer_genes=outcome.received.genes,
             both=outcome.decision.flow is Flow.BOTH,
             clonal=outcome.decision.whole,
             distance=trial.distance,
             judged=bool(trial.after),
-            seconds=seconds,
         )
 
     def _method_of(self, decision: Decision) -> str:

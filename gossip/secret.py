@@ -27,7 +27,7 @@ def run_secret(population_dir: Path | None, environment: Mapping[str, str]) -> b
     if population_dir is None:
         raise UserError(f"expected {VARIABLE} where ranks share no folder, got none: set it to the same hex everywhere")
     path = Path(population_dir) / FILE_NAME
-    if not path.exists():
+    if not os.path.exists(path):
         _create(path)
     return _read(path)
 

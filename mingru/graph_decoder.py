@@ -1,5 +1,6 @@
 """One byte after another on a GPU: the model's own step, recorded once as a graph and replayed by one call a byte."""
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -68,6 +69,7 @@ def recorded(launch: Callable[[], None], device: torch.device) -> Callable[[], N
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
             launch()
+    gc.collect()  # what is let go of in the midst of a recording could break it
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):  # on the stream of the warm-up, whose workspaces exist
         launch()

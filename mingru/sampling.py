@@ -34,8 +34,9 @@ class SamplingOptions:
 
 
 def sample(logits_BV: Tensor, options: SamplingOptions, generator: torch.Generator | None = None) -> Tensor:
-    """One token per lane, int64, drawn with `generator` (of the logits' device). Temperature 0 takes the likeliest."""
-    if options.temperature == 0:
+    """One token per lane, int64, drawn with `generator` (of the logits' device). Temperature 0 takes the likeliest, as
+    one too small for float32 does."""
+    if options.temperature < torch.finfo(torch.float32).tiny:
         return logits_BV.argmax(dim=-1)
     probabilities_BV = filter_logits(logits_BV, options).softmax(dim=-1)
     return torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(-1)

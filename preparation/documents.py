@@ -51,7 +51,7 @@ def read_pieces(path: Path, text_field: str, position: int = 0) -> Iterator[Piec
 def check_files(paths: Sequence[Path]) -> None:
     """What can be known before hours have passed: every file may be read, by packages that are there; UserError."""
     for path in paths:
-        if not path.is_file() or not os.access(path, os.R_OK):
+        if not os.path.isfile(path) or not os.access(path, os.R_OK):
             raise UserError(f"expected a readable file, got {path}: mend it or leave it out")
         if _kind(path) == ".parquet":
             if compression(path):

@@ -150,7 +150,7 @@ def partial_paths(output: Path) -> tuple[Path, Path, Path]:
 
 def refuse_existing(output: Path) -> None:
     """Raise UserError if the output is there."""
-    if output.exists():
+    if os.path.exists(output):
         partial, journal, _ = partial_paths(output)
         if not partial.exists():
             journal.unlink(missing_ok=True)  # of a process that was killed just after its last rename

@@ -31,6 +31,7 @@ def choose_device(cuda: bool = False, rocm: bool = False, cpu: bool = False, loc
         raise UserError("expected a ROCm device for --rocm, got none in this torch build or host: use --cpu or --cuda")
     if not available:
         return torch.device("cpu")
+    torch.cuda.init()  # before it the count may be the driver's, of boards that this process does not see
     # A launcher that binds one device to each task shows every task a single device, number 0.
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)

@@ -242,7 +242,7 @@ def main(arguments: list[str]) -> int:
     ):
         if not value >= least:  # so that NaN fails too
             raise UserError(f"expected {name} of at least {least}, got {value}: raise it")
-    if not command or not Path(command[0]).is_file():
+    if not command or not os.path.isfile(command[0]):
         got = repr(command[0]) if command else "nothing"
         raise UserError(f"expected a Python script after --, got {got}: check the path")
     if options.task:

@@ -34,8 +34,9 @@ choose_run() {
     fi
     if given --output; then take_folder --output; fi
     FLAGS=(--output "$RUN_DIR" --batch_size "$BATCH_SIZE" --chunk_size "$CHUNK_SIZE" --save_every "$SAVE_EVERY"
-        --val_every "$VAL_EVERY" --gossip_mixing_rate "$MIXING_RATE" --gossip_merge_method "$MERGE_METHOD"
-        ${ALPHA:+--gossip_recombination_alpha "$ALPHA"})
+        --val_every "$VAL_EVERY" --gossip_mixing_rate "$MIXING_RATE" --gossip_merge_method "$MERGE_METHOD")
+    if ! given --gossip_merge_method --gossip-merge-method; then VALUE=$MERGE_METHOD; fi
+    if [ "$VALUE" = recombination ] && [ -n "${ALPHA:-}" ]; then FLAGS+=(--gossip_recombination_alpha "$ALPHA"); fi
     # shellcheck disable=SC2206  # words, not one word
     if ! given --params --dim --depth --init_from --init-from; then FLAGS+=($MODEL); fi
     if ! given --data; then

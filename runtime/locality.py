@@ -10,6 +10,7 @@ from runtime.errors import UserError
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 CPUS = Path("/sys/devices/system/cpu")
+_CORES_LIMIT = 1 << 16
 
 
 def cores_near(
@@ -59,7 +60,10 @@ def parse_cores(text: str) -> set[int]:
     try:
         for part in text.strip().split(","):
             low, dash, high = part.partition("-")
-            cores.update(range(int(low), int(high if dash else low) + 1))
+            last = int(high if dash else low)
+            if last >= _CORES_LIMIT:
+                raise ValueError
+            cores.update(range(int(low), last + 1))
     except ValueError:
         raise UserError(f"expected a list of cores such as 0-3,8, got {text.strip()!r}") from None
     return cores

@@ -18,6 +18,17 @@ def say(text: str) -> None:
         return
 
 
+def ensure() -> None:
+    """At the start: a process that was given no standard error gets one that goes nowhere, so that neither what is said
+    there, nor a file that is opened next, comes in its place."""
+    if sys.stderr is None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != 2:
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+        sys.stderr = open(2, "w", closefd=False)
+
+
 def settle() -> None:
     """Before the process ends: what standard error still holds and cannot write goes nowhere.
 

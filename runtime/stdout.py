@@ -16,10 +16,14 @@ class ReaderGone(Exception):
 
 @contextlib.contextmanager
 def writing_to_stdout() -> Iterator[None]:
-    """Around what writes to standard output, and does nothing else that raises OSError; flushes it at the end.
+    """Around what writes to standard output, and does nothing else that raises OSError; flushes it at the end. What of
+    a text it cannot encode (a file's name may be any bytes) is written as an escape.
 
     Raises UserError where it cannot be written, ReaderGone where its reader has gone.
     """
+    if sys.stdout is None:
+        raise UserError("expected to write to standard output, got it closed: send it somewhere")
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()

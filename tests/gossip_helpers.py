@@ -13,9 +13,10 @@ from typing import ClassVar
 import torch
 from blake3 import blake3
 
+from gossip.config import GossipConfig
 from gossip.decision import Policy, decide
 from gossip.event_log import EventLog
-from gossip.evolutionary_node import EvolutionaryNode, GossipConfig
+from gossip.evolutionary_node import EvolutionaryNode
 from gossip.handshake import ANSWERER, CALLER, proof, run_key, session
 from gossip.network_utils import listen
 from gossip.protocol import (
@@ -42,6 +43,7 @@ from runtime.ranks import Identity
 SECRET = bytes(range(32))
 RUN_ID = "run"
 POLICY_NAMES = [field.name for field in dataclasses.fields(Policy)]
+BY_EMA = [Policy(method, "ema") for method in MERGE_METHODS]
 PATIENCE = 20.0  # seconds: how long a test waits for what must happen
 
 
@@ -64,8 +66,8 @@ class Rank:
     ):  # fmt: skip
         self.live, self.schema = state or make_state(value)
         self.log = EventLog(folder / "gossip_logs" / f"run_rank_{rank:04d}.tsv", rank)
-        config = {"mixing_rate": 0.0, "filesystem_coordinator": False, **config}
-        chosen = {name: config.pop(name) for name in POLICY_NAMES if name in config}
+        config = {"mixing_rate": 0.0, "filesystem_coordinator": False, "wire_dtype": "fp32", **config}
+        chosen = {"fitness": "ema"} | {name: config.pop(name) for name in POLICY_NAMES if name in config}
         config["policy"] = Policy(**chosen)
         self.genes = genes or {}
         self.scalars = {"k": float(rank)}
@@ -283,7 +285,7 @@ class RawPeer:
             self.send(mine)
         pair = (mine, theirs) if self.initiator else (theirs, mine)
         decision = self.receive(Decision)
-        assert decision in [decide(*pair, policy) for policy in policies or map(Policy, MERGE_METHODS)]
+        assert decision in [decide(*pair, policy) for policy in policies or BY_EMA]
         self.send(decision)
         return theirs, decision
 

@@ -12,6 +12,29 @@ def test_normalise_flags_changes_only_names():
     assert given[0] == "--top-k"
 
 
+def test_normalise_flags_leaves_values_that_only_look_like_flags():
+    """As argparse does, to whom a word with a space in it is a value."""
+    given = ["--prompt", "--dry-run means", "--a-b=--c-d e", "--1-2", "--", "--x-y"]
+    assert normalise_flags(given) == ["--prompt", "--dry-run means", "--a_b=--c-d e", "--1-2", "--", "--x-y"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("HIP out of memory. Tried to allocate\nmore")], ids=["python", "torch"]
+)
+def test_run_main_says_in_one_line_that_memory_is_out(capsys, error):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        exit_.value.code == 1
+        and "out" in line
+        and line.endswith(": ask for less at once, or end what else takes memory")
+    )
+
+
 def test_parser_raises_one_line_and_takes_no_abbreviation():
     parser = ArgumentParser()
     parser.add_argument("--value", type=int)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -209,7 +210,7 @@ def fake(folder: Path, name: str, script: str) -> dict[str, str]:
     return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
 
-@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="here is a GPU")
+@pytest.mark.skipif(any(map(shutil.which, ("nvidia-smi", "rocm-smi"))), reason="here is a GPU")
 def test_check_gpus_where_there_is_none_checks_the_rest(project):
     done = call(project, "check_gpus.sh")
     assert done.returncode == 3, done.stdout + done.stderr
@@ -244,7 +245,8 @@ def test_check_gpus_tells_of_a_torch_that_does_not_go_with_the_driver(project):
 
 def test_check_gpus_tells_of_a_driver_that_fails_and_of_ranks_that_do_not_meet(project):
     broken = fake(project, "nvidia-smi", "echo 'Driver/library version mismatch' >&2; exit 18")
-    done = call(project, "check_gpus.sh", "--gossip_host", "nowhere0", "--output", "/proc/absent", **broken)
+    flags = ["--gossip_host", "nowhere0", "--output", "/proc/absent"]
+    done = call(project, "check_gpus.sh", *flags, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", **broken)
     assert done.returncode == 1
     assert "NVIDIA: nvidia-smi failed: Driver/library version mismatch" in done.stdout
     assert "two ranks at nowhere0: FAILED: " in done.stdout

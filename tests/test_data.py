@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,35 @@ def test_find_files_takes_files_folders_and_globs_each_once(tmp_path):
 def test_find_files_says_which_pattern_names_nothing(tmp_path):
     with pytest.raises(UserError, match="nothing_here"):
         find_files([f"{tmp_path}/nothing_here*"])
+
+
+def test_find_files_refuses_a_folder_that_it_may_not_list():
+    """What is in it would be missing from the corpus, and nobody would know. As root it acts as somebody else."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in (folder, folder / "open", folder / "locked"):
+            path.mkdir(exist_ok=True)
+            path.chmod(0o755)
+            (path / "text.txt").write_text("x")
+        (folder / "locked").chmod(0)
+        before = os.geteuid()
+        os.seteuid(before or 65534)
+        try:
+            assert len(find_files([f"{folder}/*.txt", f"{folder}/open"])) == 2
+            for pattern in (f"{folder}", f"{folder}/**/*.txt", f"{folder}/l*", f"{folder}/locked/text.txt"):
+                with pytest.raises(UserError, match=r"expected data at .* that may be read, got .*Permission denied"):
+                    find_files([pattern])
+        finally:
+            os.seteuid(before)
+        (folder / "locked").chmod(0o755)
+
+
+def test_find_files_leaves_out_links_to_nothing_and_says_that_a_name_is_too_long(tmp_path):
+    (tmp_path / "text").write_text("x")
+    (tmp_path / "link").symlink_to("nothing")
+    assert find_files([str(tmp_path)]) == [tmp_path / "text"]
+    with pytest.raises(UserError, match="File name too long"):
+        find_files([f"{tmp_path}/{'x' * 300}"])
 
 
 def test_corpus_joins_files_with_the_delimiter_they_lack(tmp_path):

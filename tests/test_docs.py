@@ -9,7 +9,7 @@ from gossip import event_log
 from tests.test_imports import PACKAGES, ROOT, sources
 from training import metrics
 
-EVENT = re.compile(r'\b(?:event|note)[(,]\s*"(\w+)"')  # of this rank alone; those of exchanges are below
+EVENT = re.compile(r'\b(?:event|note|_record)[(,]\s*"(\w+)"')  # of this rank alone; those of exchanges are below
 ENDINGS = {"sent", "merged", "averaged", "tied", "busy", "failed"}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench.injection import Injection
+from gossip.evolutionary_node import SELF_SECONDS
 from gossip.faults import Fault
 from gossip.filesystem_coordinator import Roster
 from gossip.network_utils import listen
@@ -55,13 +56,12 @@ def test_node_merges_the_fitter_peers_weights_as_a_difference(tmp_path):
         report = until(unfit.boundary, fit)
         until(lambda: counted(fit, won=1), fit)
     assert values_of(unfit) == {2.5} and values_of(fit) == {1.0}
-    assert (report.peer_rank, report.peer_step, report.peer_scalars) == (0, 17, {"k": 0.0})
-    assert report.method == "recombination" and not report.clonal and report.seconds > 0
+    assert report.peer_scalars == {"k": 0.0} and not report.clonal and not report.both
     assert counted(unfit, initiated=1, received=0, lost=1, won=0, tied=0, failed=0, busy=0)
     assert counted(fit, initiated=0, received=1, lost=0, won=1, tied=0, failed=0, busy=0)
     sent, merged = last_event(fit), last_event(unfit)
     assert (sent["event"], merged["event"]) == ("sent", "merged")
-    assert sent["exchange_id"] == merged["exchange_id"] == report.exchange_id
+    assert sent["exchange_id"] == merged["exchange_id"] != "NA" and "step 17" in merged["message"]
     assert (sent["peer"], merged["peer"]) == ("1", "0") and int(sent["bytes"]) > fit.schema.nbytes
     theirs, ours = fit.node.counters, unfit.node.counters
     assert theirs.bytes_sent == ours.bytes_received > fit.schema.nbytes
@@ -280,6 +280,8 @@ def test_node_drops_its_own_address_from_its_peers(tmp_path):
         until(lambda: not rank.node._switchboard._slot.locked())
         rank.call()
         assert rank.node._choose_peer() is None and counted(rank, initiated=1)
+        rank.node._forgotten[f"127.0.0.1:{port}"] -= SELF_SECONDS  # somebody else may listen there by then
+        assert rank.node._choose_peer() == f"127.0.0.1:{port}"
 
 
 def test_node_counts_a_peer_that_it_cannot_reach_and_goes_on(tmp_path):

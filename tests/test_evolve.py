@@ -13,7 +13,7 @@ EVOLVE = ("--evolve", "lr,weight_decay", "--evolve_spread", "3", "--warmup_steps
 
 def merged(trainer, monkeypatch, both, scalars, genes):
     """Let the next step boundary have merged a peer's weights."""
-    report = MergeReport("x", 1, 9, 9, scalars, genes, "average" if both else "clonal", both, not both, 0.1, False, 0.0)
+    report = MergeReport(9, scalars, genes, both, clonal=not both, distance=0.1, judged=False)
     monkeypatch.setattr(trainer.parts.node, "step_boundary", lambda *args: report)
     trainer._meet_population()
 

@@ -35,7 +35,7 @@ class Party:
     ):  # fmt: skip
         live, self.schema = make_state(value, shapes)
         self.said = hello(self.schema, rank, incarnation=f"{rank:032x}", fitness=fitness, **changes)
-        self.policy, self.busy, self.asked = Policy(method), busy, 0
+        self.policy, self.busy, self.asked = Policy(method, "ema"), busy, 0
         self.wire_dtype, self.wire_format = wire_dtype, wire_format(wire_dtype, PIECE_BYTES)
         self.send_buffer, self.receive_buffer = StateBuffer(self.schema), StateBuffer(self.schema)
         self.send_buffer.copy_from(live)

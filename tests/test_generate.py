@@ -157,7 +157,7 @@ def test_generate_reads_foreign_weights(tmp_path, capfdbinary):
 
     torch.manual_seed(0)
     torch.save(minLM(num_tokens=256, dim=16, depth=1).state_dict(), tmp_path / "foreign.pt")
-    assert main("--model", tmp_path / "foreign.pt", "--prompt", "x", "--max_length", 5, "--dtype", "bfloat16") == 0
+    assert main("--model", tmp_path / "foreign.pt", "--prompt", "x", "--max_length", 5, "--dtype", "bf16") == 0
     assert len(capfdbinary.readouterr().out) == 6
 
 
@@ -255,6 +255,7 @@ def test_generate_starts_documents_as_the_model_was_trained(tmp_path, capfdbinar
         (["--score", "no/such/file"], "expected a readable file of 2 bytes or more"),
         (["--score", __file__, "--prompt", "x"], "expected --score alone"),
         (["--score", os.devnull], "expected a readable file of 2 bytes or more"),
+        (["--prompt", "x", "--model", "x" * 300], "File name too long"),
     ],
     ids=lambda value: " ".join(map(str, value)) or "empty stdin" if isinstance(value, list) else "",
 )
@@ -268,6 +269,19 @@ def test_generate_refuses_bad_input(run_dir, arguments, message, monkeypatch, ca
     output = capsys.readouterr()
     errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
     assert exit_.value.code == 2 and len(errors) == 1 and message in errors[0] and output.out == ""
+
+
+def test_generate_says_what_is_wrong_with_the_scan_and_not_with_the_file_that_it_scores(run_dir, monkeypatch):
+    monkeypatch.setenv("GRUBOROS_SCAN", "bogus")
+    with pytest.raises(generate.UserError, match="GRUBOROS_SCAN"):
+        main("--model", run_dir, "--score", __file__)
+
+
+def test_generate_says_in_one_line_that_so_many_samples_do_not_fit(run_dir):
+    done = run("--model", run_dir, "--prompt", "x", "--num_samples", 2**63 - 1)
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 1 and last.startswith(b"error: ") and last.endswith(b"what else takes memory")
+    assert b"Traceback" not in done.stderr and done.stdout == b""
 
 
 def test_generate_refuses_broken_weights(tmp_path):

@@ -35,6 +35,16 @@ def test_two_hyperparameters_do_not_rise_together_over_the_ranks():
     assert order[0] != order[1]
 
 
+def test_a_mutation_of_any_scale_stays_within_reach():
+    heredity, dice = drawn(0, scale=1e300), random.Random(0)
+    for _ in range(20):
+        heredity.inherit(heredity.values, dice)
+        assert all(
+            centre / REACH <= heredity.values[name] <= centre * REACH
+            for name, centre in (("lr", 1e-2), ("weight_decay", 0.1))
+        )
+
+
 def test_a_spread_of_one_gives_every_rank_the_given_values():
     assert drawn(5, spread=1.0).values == {"lr": pytest.approx(1e-2), "weight_decay": pytest.approx(0.1)}
 

@@ -63,8 +63,7 @@ def test_fresh_rank_adopts_a_trained_ones_weights_whole_and_never_wins(tmp_path,
         (fresh if caller == "fresh" else old).call()
         report = until(fresh.boundary, old)
         until(lambda: counted(old, won=1), old)
-        assert report.clonal and report.method == "clonal" and report.peer_scalars == {"k": 0.0}
-        assert (report.peer_rank, report.peer_step, report.peer_lineage) == (0, 1000, 1000)
+        assert report.clonal and report.peer_scalars == {"k": 0.0} and report.peer_lineage == 1000
         assert values_of(fresh) == values_of(old) == {1.0}
         assert counted(old, lost=0, failed=0) and counted(fresh, won=0, lost=1, failed=0)
         published = fresh.node._desk.published
@@ -84,7 +83,7 @@ def test_ranks_of_one_lineage_are_averaged(tmp_path):
         until(lambda: (reports.append(other.boundary()), reports[-1])[1], one)
         until(lambda: counted(one, averaged=1), one)
         assert values_of(one) == values_of(other) == {2.0}
-        assert not reports[-1].clonal and reports[-1].method == "average" and reports[-1].peer_lineage == 1000
+        assert not reports[-1].clonal and reports[-1].both and reports[-1].peer_lineage == 1000
 
 
 # Judging

@@ -33,7 +33,7 @@ def test_core_lists_are_read_and_written(text, cores):
     assert format_cores(cores) == text.strip()
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "0,,1"])
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "0,,1", "3000000000"])
 def test_core_lists_that_are_none_are_refused(text):
     with pytest.raises(UserError, match="expected a list of cores"):
         parse_cores(text)

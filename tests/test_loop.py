@@ -18,7 +18,7 @@ from runtime.errors import UserError
 from runtime.supervise import REPLACED
 from tests.conftest import TINY
 from tests.test_resume import QUIET, metrics_rows, newest
-from training import optimizer
+from training import optimizer, start
 from training.checkpoint import list_checkpoints
 from training.data import validation_chunks
 from training.loop import Trainer
@@ -126,7 +126,7 @@ def test_groups_of_lanes_take_turns_each_with_its_own_state(run_train, trainers)
 def test_a_device_without_memory_for_the_model_is_refused_and_leaves_no_run_behind(
     run_train, monkeypatch, tmp_path, place
 ):
-    monkeypatch.setattr(train, place, lambda *_: torch.empty(10**15))
+    monkeypatch.setattr(start, place, lambda *_: torch.empty(10**15))
     with pytest.raises(UserError, match=r"expected memory for the model on cpu, got .*can't allocate .*: choose"):
         run_train("run", "--train_steps", "2")
     assert not (tmp_path / "run").exists()

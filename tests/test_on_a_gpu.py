@@ -53,7 +53,7 @@ def test_a_rank_trains_saves_and_resumes(run_train, tmp_path, text, device, dtyp
 def test_a_checkpoint_generates_and_scores(run_train, tmp_path, text, device, capfdbinary):
     train_on(device, text, "run", "--train_steps", "4", "--dtype", "fp32")
     model = ["--model", str(tmp_path / "run"), "--seed", "1"]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("fp32", "bf16"):
         capfdbinary.readouterr()
         asked = ["--prompt", "def ", "--max_length", "20", "--num_samples", "2", "--dtype", dtype]
         files = ["--output_file", str(tmp_path / f"{dtype}.txt")]

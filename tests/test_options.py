@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
+from runtime.arguments import parse_size
 from runtime.errors import UserError
-from training.options import Options, parse_arguments, parse_delimiter, parse_size, resolve_options
+from training.options import Options, parse_arguments, parse_delimiter, resolve_options
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,11 @@ def test_parse_arguments_returns_only_what_was_given_in_either_spelling():
         ["--val_fraction", "1"],
         ["--sf_beta", "1"],
         ["--max_minutes", "nan"],
+        ["--batch_size", "1000000000000000000"],
+        ["--lane_groups", "1000000000000000000"],
+        ["--chunk_size", "3g"],
+        ["--gossip_heartbeat", "1e10"],
+        ["--probe_every", "9" * 400],
         ["--lrr", "1"],
         ["--batch", "2"],  # no abbreviations: a later flag must not change what an old command means
     ],

@@ -221,12 +221,12 @@ def fit(fitness, lineage=400, accepts=True):
 @pytest.mark.parametrize("method", MERGE_METHODS)
 @pytest.mark.parametrize(("ours", "theirs"), [(None, 1.0), (1.0, None), (None, None)])
 def test_decide_lets_nobody_win_by_an_unknown_fitness(method, ours, theirs):
-    assert decide(fit(ours), fit(theirs), Policy(method)) == Decision(Flow.NONE, "fitness unknown")
+    assert decide(fit(ours), fit(theirs), Policy(method, "ema")) == Decision(Flow.NONE, "fitness unknown")
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
 def test_decide_calls_equal_fitness_a_tie(method):
-    assert decide(fit(1.0), fit(1.0), Policy(method)) == Decision(Flow.NONE, "tie")
+    assert decide(fit(1.0), fit(1.0), Policy(method, "ema")) == Decision(Flow.NONE, "tie")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_decide_calls_equal_fitness_a_tie(method):
     ],
 )
 def test_decide_lets_the_lower_loss_win(method, ours, theirs, flow):
-    decision = decide(fit(ours), fit(theirs), Policy(method))
+    decision = decide(fit(ours), fit(theirs), Policy(method, "ema"))
     assert decision.flow is flow and decision.whole == (method == "clonal")
 
 
@@ -251,17 +251,18 @@ def test_decide_lets_the_lower_loss_win(method, ours, theirs, flow):
 def test_decide_gives_the_younger_the_elders_weights_whole_whatever_the_fitness(method, young, fitness):
     younger, elder = fit(fitness[0], young), fit(fitness[1], 1001)
     reason = f"adopts: lineage 1001 against {young}"
-    assert decide(younger, elder, Policy(method)) == Decision(Flow.RESPONDER_SENDS, reason, whole=True)
-    assert decide(elder, younger, Policy(method)) == Decision(Flow.INITIATOR_SENDS, reason, whole=True)
+    assert decide(younger, elder, Policy(method, "ema")) == Decision(Flow.RESPONDER_SENDS, reason, whole=True)
+    assert decide(elder, younger, Policy(method, "ema")) == Decision(Flow.INITIATOR_SENDS, reason, whole=True)
 
 
 @pytest.mark.parametrize(("young", "old"), [(0, 100), (50, 200), (450, 1000), (7, 7)])
 def test_decide_tells_ranks_of_about_one_lineage_apart_by_fitness(young, old):
     younger = fit(1.0, young)
-    assert decide(younger, fit(2.0, old), Policy("recombination")).flow is Flow.INITIATOR_SENDS
-    assert decide(younger, fit(2.0, old), Policy("average")).flow is Flow.BOTH
+    assert decide(younger, fit(2.0, old), Policy("recombination", "ema")).flow is Flow.INITIATOR_SENDS
+    assert decide(younger, fit(2.0, old), Policy("average", "ema")).flow is Flow.BOTH
     assert (
-        decide(younger, fit(2.0, 2 * young + ADOPTION_SLACK_STEPS + 1), Policy("average")).flow is Flow.RESPONDER_SENDS
+        decide(younger, fit(2.0, 2 * young + ADOPTION_SLACK_STEPS + 1), Policy("average", "ema")).flow
+        is Flow.RESPONDER_SENDS
     )
 
 
@@ -270,19 +271,19 @@ def test_decide_tells_ranks_of_about_one_lineage_apart_by_fitness(young, old):
 def test_decide_sends_nothing_to_a_rank_that_does_not_accept_it(method, lineage, fitness):
     elder, wary, willing = fit(1.0), fit(fitness, lineage, accepts=False), fit(fitness, lineage)
     assert (
-        decide(wary, elder, Policy(method))
-        == decide(elder, wary, Policy(method))
+        decide(wary, elder, Policy(method, "ema"))
+        == decide(elder, wary, Policy(method, "ema"))
         == Decision(Flow.NONE, "not accepted")
     )
     assert (
-        decide(willing, fit(1.0, accepts=False), Policy(method)).flow is Flow.RESPONDER_SENDS
+        decide(willing, fit(1.0, accepts=False), Policy(method, "ema")).flow is Flow.RESPONDER_SENDS
     )  # the other way stays open
 
 
 @pytest.mark.parametrize("wary", ["caller", "answerer", "both"])
 def test_decide_averages_only_if_both_accept(wary):
     caller, answerer = fit(1.0, accepts=wary == "answerer"), fit(2.0, accepts=wary == "caller")
-    assert decide(caller, answerer, Policy("average")) == Decision(Flow.NONE, "not accepted")
+    assert decide(caller, answerer, Policy("average", "ema")) == Decision(Flow.NONE, "not accepted")
 
 
 @pytest.mark.parametrize("losses", [(0.0, LOSS_LIMIT), (LOSS_LIMIT, 0.0), (LOSS_LIMIT, LOSS_LIMIT)])
@@ -292,4 +293,6 @@ def test_decide_compares_whatever_losses_a_hello_can_tell(losses):
 
 
 def test_decide_says_what_it_would_have_said_when_nothing_was_to_travel():
-    assert decide(fit(1.0, accepts=False), fit(None), Policy("average")) == Decision(Flow.NONE, "fitness unknown")
+    assert decide(fit(1.0, accepts=False), fit(None), Policy("average", "ema")) == Decision(
+        Flow.NONE, "fitness unknown"
+    )

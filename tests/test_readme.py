@@ -32,7 +32,7 @@ INDENTED = re.compile(r"(?:(?<=\n\n)|^)(?: {4}.*\n(?:\n+(?= {4}))?)+", re.M)
 # Between backticks in a line of prose: what begins like a command, and has arguments.
 PROGRAMS = r"python3?|pip|bash|sbatch|srun|torchrun|Rscript|tail|\./\S+"
 INLINE = re.compile(rf"`((?:{PROGRAMS}) [^`]+|[A-Z_]+=\S+ [^`]+)`")
-NO_COMMANDS = ("4 ranks (", "output_dir/", "@software")
+NO_COMMANDS = ("4 ranks (", "output_dir/", "@software", "from pathlib")
 
 SMALL = "--batch_size 2 --chunk_size 32 --train_steps 3 --val_every 0"
 
@@ -133,6 +133,9 @@ COMMANDS: dict[str, Here | Elsewhere] = {
     "python -m bench": Elsewhere("tests/test_benches.py", "test_bench_measures_everything_and_writes_it_down"),
     "python -m bench training stall": Elsewhere(
         "tests/test_benches.py", "test_bench_runs_the_benchmarks_that_are_named"
+    ),
+    "python -m bench.evolution --data F": Elsewhere(
+        "tests/test_evolution_bench.py", "test_evolution_finished_trials_are_never_run_again"
     ),
     "python -m bench.race --data F": Elsewhere(
         "tests/test_race.py", "test_race_runs_every_model_once_and_reports_each"
@@ -282,6 +285,16 @@ def test_readme_command_runs(workshop, tmp_path, command):
             status = subprocess.run(["bash", "-o", "pipefail", "-c", in_the_project(line)]).returncode
     assert status in how.statuses
     assert not how.makes or (folder / how.makes).stat().st_size > 0
+
+
+def test_readme_python_example_runs(workshop):
+    (example,) = (block for block in blocks((ROOT / "README.md").read_text()) if block.startswith("from pathlib"))
+    with undisturbed(workshop):
+        found = {}
+        exec(example, found)
+    assert found["logits"].shape == (1, 7, 256) and found["info"]["step"] == 3
+    logits, _ = found["model"](found["prompt"], found["state"])
+    assert not logits.equal(found["logits"])
 
 
 def words_of(line: str) -> list[str]:

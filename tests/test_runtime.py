@@ -267,6 +267,7 @@ def accelerators(monkeypatch):
     made_current = []
 
     def pretend(count, hip=None):
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
         monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)

@@ -58,7 +58,8 @@ def test_temperature_sharpens():
 
 def test_tiny_temperature_does_not_overflow():
     logits = torch.tensor([[1e4, 2e4, -1e4]])
-    assert sample(logits, SamplingOptions(temperature=1e-38)).tolist() == [1]
+    for temperature in (1e-38, 1e-50, 5e-324):
+        assert sample(logits, SamplingOptions(temperature=temperature)).tolist() == [1]
 
 
 def test_sample_at_zero_is_greedy():

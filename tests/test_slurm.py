@@ -146,6 +146,16 @@ def test_slurm_job_saves_before_its_time_limit_is_requeued_and_resumes(submit, s
     assert [job.checkpoints(rank)[-1].step for rank in range(2)] == [250, 250]
 
 
+def test_slurm_job_whose_time_is_short_before_there_is_a_run_is_requeued_too(submit, slurm):
+    job = submit(1, "--train_steps", "20")
+    job.eventually(lambda: f"job {job.id}, restart 0" in job.said())
+    slurm.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.eventually(lambda: "0 of 2 ranks have saved since" in job.said())
+    job.eventually(lambda: slurm.state(job.id) == "PENDING")
+    assert job.ends() == "COMPLETED"
+    assert slurm.job(job.id)["Restarts"] == "1" and job.saved() == [0, 1]
+
+
 def test_slurm_job_that_is_cancelled_saves_first(submit, slurm):
     job = submit(1, *FOREVER)
     job.trains()

@@ -1,5 +1,6 @@
 """Standard output that is full, or whose reader has gone: one line or none, and a status that says so."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,38 @@ def test_a_reader_who_goes_ends_it_quietly(commands, script):
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "error" not in errors.lower() and "Traceback" not in errors
+
+
+def without(descriptor: int, command: list) -> subprocess.CompletedProcess:
+    """What becomes of `command` in a process that has no such descriptor."""
+    shell = ["bash", "-c", f'exec "$@" {descriptor}>&-', "bash"]
+    return subprocess.run([*shell, sys.executable, *command], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", ["generate.py", "watch.py"])
+def test_a_closed_output_is_said_in_one_line(commands, script):
+    done = without(1, [ROOT / script, *commands[script]])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(b"error: expected to write to standard output, got it closed")
+
+
+@pytest.mark.parametrize("script", ["generate.py", "export.py"])
+def test_without_standard_error_nothing_else_comes_to_standard_output(commands, script):
+    done = without(2, [ROOT / script, *commands[script]])
+    said = without(3, [ROOT / "generate.py", *commands["generate.py"]])
+    assert done.returncode == said.returncode == 0
+    assert b"bits per byte" in said.stdout and said.stderr
+    if script == "generate.py":
+        assert done.stdout == said.stdout
+    else:
+        assert all(b" bits per byte, " in line for line in done.stdout.splitlines())
+
+
+def test_names_of_any_bytes_are_printed_as_escapes(tmp_path):
+    run = write_run(tmp_path / "run\udcff[bold]", ranks=2, steps=100)
+    done = subprocess.run(
+        [sys.executable, ROOT / "watch.py", run, "--once"], stdin=subprocess.DEVNULL, capture_output=True,
+        env={**os.environ, "LC_ALL": "C.UTF-8", "COLUMNS": "300"}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"run\\udcff[bold]" in done.stdout

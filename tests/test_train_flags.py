@@ -276,15 +276,26 @@ def test_ranks_that_could_never_meet_are_refused(run_train, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--rejuvenation_probability", "--rejuvenation_threshold", "--elite_checkpoint_multiplier"]
+    "flag, beside",
+    [
+        ("--rejuvenation_probability", ["--no_filesystem_coordinator"]),
+        ("--rejuvenation_threshold", ["--no_filesystem_coordinator"]),
+        ("--elite_checkpoint_multiplier", ["--no_filesystem_coordinator"]),
+        ("--elite_checkpoint_multiplier", ["--no_fitness_weighted_checkpointing"]),
+        ("--gossip_significance", ["--gossip_fitness", "ema"]),
+        ("--gossip_least_effect", ["--gossip_merge_method", "average"]),
+        ("--gossip_recombination_alpha", ["--gossip_merge_method", "average"]),
+        ("--gossip_recombination_alpha", ["--gossip_merge_method", "clonal"]),
+        ("--mutation_scale", []),
+    ],
 )
-def test_what_needs_a_ranking_is_refused_where_nobody_ranks(run_train, tmp_path, flag):
-    said = f"expected no {flag} beside --no_filesystem_coordinator, .*, got 1.0: leave one of them out"
+def test_a_flag_that_would_do_nothing_is_refused(run_train, tmp_path, flag, beside):
+    said = f"expected no {flag} beside {' '.join(beside) or 'no --evolve'}.*, got 1.0: leave one of them out"
     with pytest.raises(UserError, match=said):
-        run_train("run", "--train_steps", "1", "--no_filesystem_coordinator", flag, "1", *QUIET)
+        run_train("run", "--train_steps", "1", *beside, flag, "1", *QUIET)
     assert not (tmp_path / "run").exists()
-    run_train("run", "--train_steps", "1", "--no_filesystem_coordinator", *QUIET)
-    with pytest.raises(UserError, match=said):  # the run goes on without one
+    run_train("run", "--train_steps", "1", *beside, *QUIET)
+    with pytest.raises(UserError, match=said):  # the run goes on as it was begun
         train.main(["--resume", "run", "--train_steps", "2", flag, "1"])
 
 
@@ -357,7 +368,11 @@ def test_second_moments_do_not_travel_as_remainders(run_train):
         run_train("run", "--train_steps", "1", "--gossip_wire_dtype", "int4", "--gossip_payload", "full", *QUIET)
 
 
-def test_gossip_flags_reach_the_node_and_the_tracker(run_train, monkeypatch):
+def as_flags(values):
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def test_gossip_flags_reach_the_node(run_train, monkeypatch):
     seen = {}
 
     class Node(train.EvolutionaryNode):
@@ -367,23 +382,34 @@ def test_gossip_flags_reach_the_node_and_the_tracker(run_train, monkeypatch):
 
     monkeypatch.setattr(train, "EvolutionaryNode", Node)
     flags = {
-        "gossip_mixing_rate": 0.25, "gossip_recombination_alpha": 0.125, "gossip_timeout": 7.0,
-        "gossip_heartbeat": 0.5, "gossip_liveness": 3.0, "gossip_fitness_decay": 0.5, "gossip_fitness": "ema",
-        "gossip_tie": "none", "gossip_significance": 0.125, "gossip_least_effect": 0.25, "gossip_wire_dtype": "bf16",
+        "gossip_mixing_rate": 0.25, "gossip_recombination_alpha": 0.125, "gossip_timeout": 7.0, "gossip_tie": "none",
+        "gossip_significance": 0.125, "gossip_least_effect": 0.25, "gossip_heartbeat": 0.5, "gossip_liveness": 3.0,
+        "gossip_wire_dtype": "fp32",
     }  # fmt: skip
-    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    content = newest(run_train("run", "--train_steps", "3", "--gossip_merge_method", "clonal", *given, *QUIET))
+    run_train("run", "--train_steps", "1", *as_flags(flags), *QUIET)
     config = seen["config"]
     assert (config.mixing_rate, config.recombination_alpha, config.policy) == (
-        0.25, 0.125, Policy("clonal", "ema", "none", 0.125, 0.25),
+        0.25, 0.125, Policy("recombination", "probe", "none", 0.125, 0.25),
     )  # fmt: skip
-    assert config.wire_dtype == "bf16"
+    assert config.wire_dtype == "fp32"
     assert (config.exchange_seconds, config.heartbeat_seconds, config.liveness_seconds) == (7.0, 0.5, 3.0)
-    losses = [row["loss"] for row in metrics_rows(run_train("rows", "--train_steps", "3", "--log_every", "1", *given,
-                                                            "--gossip_merge_method", "clonal"))]  # fmt: skip
-    a, b, c = map(float, losses)
+    run_train("other", "--train_steps", "1", "--gossip_fitness", "ema", "--gossip_merge_method", "clonal", *QUIET)
+    assert (seen["config"].policy.method, seen["config"].policy.fitness) == ("clonal", "ema")
+
+
+def test_the_decay_of_fitness_reaches_the_tracker(run_train):
+    flags = ["--train_steps", "3", "--log_every", "1", "--gossip_fitness", "ema", "--gossip_fitness_decay", "0.5"]
+    run_dir = run_train("run", *QUIET, *flags)
+    a, b, c = (float(row["loss"]) for row in metrics_rows(run_dir))
     expected = (0.25 * a + 0.5 * b + c) / 1.75  # a moving average that forgets half a step
-    assert content["loss"] == pytest.approx(expected, abs=1e-3)
+    assert newest(run_dir)["loss"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_run_whose_checkpoints_torch_could_not_open_is_refused(run_train, tmp_path):
+    with pytest.raises(UserError, match="expected a run directory whose path is UTF-8"):
+        run_train("run\udcff", "--train_steps", "3", *QUIET)
+    assert not (tmp_path / "run\udcff").exists()
+    run_train("läuft", "--train_steps", "3", *QUIET)
 
 
 def test_lanes_of_all_ranks_take_turns_over_the_data(run_train, monkeypatch):

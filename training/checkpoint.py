@@ -8,6 +8,7 @@ can not run code.
 """
 
 import errno
+import os
 import pickle
 import re
 import zipfile
@@ -147,9 +148,8 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     try:
         behind = path.resolve()  # what a link of the run leads to may change, and what a checkpoint's own name does not
         with as_memory_error(), open(behind, "rb") as file:
-            sealed = is_sealed(
-                file
-            )  # reads all of it, and raises a disk's error, to which is_zipfile() would answer no
+            # This reads all of it, and raises a disk's error, to which is_zipfile() would answer no.
+            sealed = is_sealed(file)
             if not zipfile.is_zipfile(file):  # torch's own words for it are of pickles and versions
                 raise ValueError("none, or cut")
             file.seek(0)
@@ -233,13 +233,13 @@ def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], device: t
 
 def find_model_file(path: Path) -> Path:
     """`path` itself if it is a file; the best, else the latest, checkpoint of a run directory. CheckpointError."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     for name in ("best.pt", "latest.pt"):
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             return path / name
     advice = "give a checkpoint file"
-    if (path / "model.safetensors").is_file():
+    if os.path.isfile(path / "model.safetensors"):
         advice = f"export.py --model {path} --output FILE.pt makes a checkpoint of an exported folder"
     raise CheckpointError(f"expected a run directory with best.pt or latest.pt, got {path}: {advice}")
 

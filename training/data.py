@@ -5,6 +5,8 @@ Shape letters: B lanes, T bytes of a chunk.
 
 import glob
 import hashlib
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +22,44 @@ _SPLIT_SEARCH_BYTES = 1 << 20
 def find_files(patterns: Sequence[str]) -> list[Path]:
     """The files named by files, folders (searched recursively) and globs, each once, sorted within a pattern.
 
-    Raises UserError for a pattern that names no file.
+    Raises UserError for a pattern that names no file, and where a folder cannot be listed: what is in it would be
+    missing, and nobody would know.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))] or [Path(pattern)]
-        files = []
-        for match in matches:
-            files += sorted(p for p in match.rglob("*") if p.is_file()) if match.is_dir() else [match]
-        files = [path.resolve() for path in files if path.is_file()]
+        try:
+            matches = sorted(glob.glob(pattern, recursive=True)) or [pattern]
+            if "**" in pattern:  # glob leaves out what it may not list
+                for folder in filter(os.path.isdir, glob.glob(pattern[: pattern.index("**")] or ".")):
+                    _files_under(folder)
+            files = [file for match in matches for file in (_files_under(match) if os.path.isdir(match) else [match])]
+            files = [Path(file).resolve() for file in files if _is_file(file)]
+        except OSError as error:
+            raise UserError(
+                f"expected data at {pattern!r} that may be read, got {error.filename} ({error.strerror}): mend its "
+                "permissions, or leave it out"
+            ) from None
         if not files:
             raise UserError(f"expected data at {pattern!r}, got no file there: check the path")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def _files_under(folder: str) -> list[Path]:
+    """What is in `folder` and in those below it but folders, sorted. Raises OSError where one cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return sorted(Path(place) / name for place, _, names in os.walk(folder, onerror=refuse) for name in names)
+
+
+def _is_file(path: str | Path) -> bool:
+    """Not a folder, a device, nothing at all or a link to nothing. Raises OSError where that cannot be told."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 class Corpus:
@@ -40,6 +67,8 @@ class Corpus:
 
     So `len(corpus)` and positions count those added delimiters. delimiter: 0 ... 255, or None for files joined as
     they are. Opening costs a few system calls a file, whatever its size. Raises UserError if there are no bytes.
+    fingerprint: 16 hex digits of the delimiter and each file's size and first and last 4 KiB; corpora that differ
+    elsewhere alone have the same.
     """
 
     def __init__(self, files: Sequence[Path], delimiter: int | None) -> None:

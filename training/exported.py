@@ -39,7 +39,7 @@ def read_model(path: Path) -> Model:
 
     Raises UserError for anything else, and for weights that do not fit their config.json or are not finite.
     """
-    if (path / WEIGHTS_NAME).exists():
+    if os.path.exists(path / WEIGHTS_NAME):
         model = _read_folder(path)
     else:
         config, weights, info = read_for_use(path)
@@ -50,7 +50,7 @@ def read_model(path: Path) -> Model:
 
 def refuse_existing(output: Path) -> None:
     """Raise UserError if there is something at `output`."""
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):
         raise UserError(f"expected a new --output, got {output}, which exists: remove it or choose another")
 
 

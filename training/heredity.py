@@ -54,5 +54,6 @@ class Heredity:
     def inherit(self, values: Mapping[str, float], dice: random.Random) -> None:
         """Take up a fitter rank's values, each multiplied by a log-normal factor and kept within REACH."""
         for name, centre in self._given.items():
-            mutated = values[name] * math.exp(dice.gauss(0, self._scale))
+            most = 2 * math.log(REACH)  # from one bound to the other
+            mutated = values[name] * math.exp(min(max(dice.gauss(0, self._scale), -most), most))
             self.values[name] = min(max(mutated, centre / REACH), centre * REACH)

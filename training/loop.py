@@ -5,6 +5,7 @@ Everything here runs on the training thread.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import random
 import time
@@ -21,6 +22,7 @@ from gossip.evolutionary_node import EvolutionaryNode
 from gossip.filesystem_coordinator import RankReplaced
 from gossip.state import Schema
 from mingru.minLM import MinLM, MinLMState
+from runtime.scribe import Hand
 from runtime.signals import SignalFlags
 from training.checkpoint_writer import CheckpointWriter
 from training.computation import choose_dtype, flops_per_byte, peak_flops, precision, training_pass
@@ -56,7 +58,8 @@ class Totals:
 
 @dataclass
 class Parts:
-    """What a Trainer is made of; train.py puts it together. initial_weights: a new run's, by parameter name."""
+    """What a Trainer is made of; train.py puts it together. hand: who writes the metrics; initial_weights: a new run's,
+    by parameter name."""
 
     options: Options
     run: RunDirectory
@@ -72,6 +75,7 @@ class Parts:
     heredity: Heredity
     signals: SignalFlags
     metrics: MetricsFile
+    hand: Hand
     log: RunLog
     events: EventLog
     objections: Objections
@@ -285,12 +289,16 @@ class Trainer:
             "probe_s": self.parts.fitness.seconds, "distance": self.distance, "base_lr": self.hyperparameter("lr"),
             "weight_decay": self.hyperparameter("weight_decay"), "grad_clip": self.hyperparameter("grad_clip"),
         }  # fmt: skip
+        self.parts.hand(functools.partial(self._append, row, self.parts.fitness.value))
+        self.parts.log.line(report_line(row) + self._mfu())
+        self.val_loss = None
+
+    def _append(self, row: dict[str, Any], fitness: float | None) -> None:
+        """Write a row of the metrics; of this class alone it runs on another thread than training's."""
         try:
             self.parts.metrics.append(row)
         except OSError as error:
-            self.event("metrics_failed", f"{error.strerror or error}; training goes on")
-        self.parts.log.line(report_line(row) + self._mfu())
-        self.val_loss = None
+            self._record("metrics_failed", f"{error.strerror or error}; training goes on", row["step"], fitness)
 
     def _mfu(self) -> str:
         """Model FLOPs utilisation, for the log; nothing on a device whose peak is not known."""
@@ -304,5 +312,8 @@ class Trainer:
 
     def event(self, event: str, message: str) -> None:
         """Something went wrong or was mended: in both logs."""
-        self.parts.events.write(event, step=self.totals.step, fitness=self.parts.fitness.value, message=message)
-        self.line(f"{event}: {message}")
+        self._record(event, message, self.totals.step, self.parts.fitness.value)
+
+    def _record(self, event: str, message: str, step: int, fitness: float | None) -> None:
+        self.parts.events.write(event, step=step, fitness=fitness, message=message)
+        self.parts.log.line(f"step {step:>8}  {event}: {message}")

@@ -1,5 +1,6 @@
 """What a run says of itself: metrics/rank_0000.tsv, logs/train_<run>_rank_0000.log and the progress bar."""
 
+import functools
 import math
 import os
 import sys
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from runtime.errors import UserError
 from runtime.files import atomic_write, set_aside
+from runtime.scribe import Hand, at_once
 from runtime.stderr import say
 
 COLUMNS = (
@@ -84,11 +86,12 @@ class RunLog:
     """The human's log: plain lines with the time in front, in a file and, where wanted, on standard error.
 
     Opening raises UserError; after that a full disk must not stop training: a line that cannot be written is counted in
-    `lost` and said on standard error once.
+    `lost` and said on standard error once. hand: who does the writing, so that a disk that hangs holds up nobody else.
     """
 
-    def __init__(self, path: Path, echo: bool) -> None:
+    def __init__(self, path: Path, echo: bool, hand: Hand = at_once) -> None:
         self._path = path
+        self._hand = hand
         self._file = self._open()
         self._echo = echo
         self.lost = 0
@@ -109,14 +112,17 @@ class RunLog:
     def line(self, text: str, echo: bool | None = None) -> None:
         """Write one line; `echo` overrides whether standard error gets it too."""
         stamped = f"{datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M:%S')} {text}"
+        self._hand(functools.partial(self._write, f"{stamped}\n".encode(errors="backslashreplace")))
+        if self._echo if echo is None else echo:
+            say(stamped)
+
+    def _write(self, line: bytes) -> None:
         try:
-            self._file.write(f"{stamped}\n".encode())
+            self._file.write(line)
         except OSError as error:
             self.lost += 1
             if self.lost == 1:
                 say(f"warning: the log cannot be written ({error.strerror}); training goes on")
-        if self._echo if echo is None else echo:
-            say(stamped)
 
     def mix(self, event: str, *account: Any) -> None:
         """Write the line of a conversation that moved weights or failed, told as to mix_line(); any thread."""
@@ -125,8 +131,8 @@ class RunLog:
             self.line(line)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, after what was handed over before."""
+        self._hand(self._file.close)
 
 
 def report_line(row: dict[str, Any]) -> str:

@@ -13,27 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gossip.decision import FITNESS_KINDS, TIES
+from gossip.config import GossipConfig
+from gossip.decision import FITNESS_KINDS, TIES, Policy
 from gossip.protocol import MERGE_METHODS
 from gossip.wire_format import WIRE_DTYPES
-from runtime.arguments import ArgumentParser, normalise_flags
+from runtime.arguments import ArgumentParser, as_argument, normalise_flags, parse_size
 from runtime.errors import UserError
 
 DEFAULT_DELIMITER = 0x1E  # the byte that ends a document
 PAYLOADS = ("weights", "full")
-_SUFFIXES = {"k": 1024, "m": 1024**2, "g": 1024**3}
-
-
-def parse_size(text: str) -> int:
-    """ "2k" -> 2048, "350m", "1g", "1.5k" or a plain number: suffixes mean powers of 1024. Raises UserError."""
-    number, factor = (text[:-1], _SUFFIXES[text[-1].lower()]) if text[-1:].lower() in _SUFFIXES else (text, 1)
-    try:
-        size = float(number) * factor
-    except ValueError:
-        size = math.nan
-    if not math.isfinite(size) or size != int(size) or size < 1:
-        raise UserError(f"expected a size such as 512, 2k, 350m or 1g, got {text!r}: write it so")
-    return int(size)
 
 
 def parse_delimiter(text: str) -> int | None:
@@ -49,6 +37,13 @@ def parse_delimiter(text: str) -> int | None:
     return value
 
 
+def _chunk(text: str) -> int:
+    size = parse_size(text)
+    if size > 2**31:
+        raise UserError(f"expected at most 2g, got {text}: lower it")
+    return size
+
+
 def _val_bytes(text: str) -> int:
     size = parse_size(text)
     if size < 2:
@@ -56,7 +51,7 @@ def _val_bytes(text: str) -> int:
     return size
 
 
-def _whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+def _whole(minimum: int, maximum: int = 2**53) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -64,7 +59,7 @@ def _whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
             raise UserError(f"expected a whole number, got {text!r}: write it so") from None
         if value < minimum:
             raise UserError(f"expected a whole number of at least {minimum}, got {value}: raise it")
-        if maximum is not None and value > maximum:
+        if value > maximum:
             raise UserError(f"expected a whole number of at most {maximum}, got {value}: lower it")
         return value
 
@@ -91,6 +86,8 @@ def _real(minimum: float, maximum: float = math.inf, *, above: bool = False, bel
 _FRACTION = _real(0, 1)
 _POSITIVE = _real(0, above=True)
 _NOT_NEGATIVE = _real(0)
+_SECONDS = _real(0, 1e6, above=True)
+_LANES = _whole(1, 2**20)
 
 
 def _tolerance(text: str) -> float | None:
@@ -124,11 +121,12 @@ class DataOptions:
     )  # fmt: skip
     val_bytes: int = _option(64 * 1024, "most bytes that one validation reads, from the start of the held-out data",
                              _val_bytes)  # fmt: skip
-    chunk_size: int = _option(256, "bytes of a lane that one forward and backward pass sees", parse_size)
-    batch_size: int = _option(8, "lanes: places of the data that are read in parallel", _whole(1))
-    lane_groups: int = _option(16, "groups of so many lanes that take turns, a chunk each: neighbouring steps then see "
-                               "other text, and the weights do not follow what is read at the moment",
-                               _whole(1))  # fmt: skip
+    chunk_size: int = _option(256, "bytes of a lane that one forward and backward pass sees", _chunk)
+    batch_size: int = _option(8, "lanes: places of the data that are read in parallel", _LANES)
+    lane_groups: int = _option(16, "number of groups of --batch_size lanes each, which take turns, a chunk each: "
+                               "neighbouring steps then see other text, and the weights do not follow what is read at "
+                               "the moment",
+                               _LANES)  # fmt: skip
     document_delimiter: int | None = _option(
         DEFAULT_DELIMITER, "byte that ends a document, in hexadecimal, or none", parse_delimiter, fixed=True, show="1e"
     )
@@ -161,7 +159,11 @@ class OptimizerOptions:
     sf_beta: float = _option(0.9, "schedule-free interpolation (AdamW: first moment's decay)",
                              _real(0, 1, above=True, below=True), fixed=True)  # fmt: skip
     sf_beta2: float = _option(0.99, "second moment's decay", _real(0, 1, above=True, below=True), fixed=True)
-    schedulefree: bool = _option(True, "schedule-free AdamW; --no_schedulefree: plain AdamW", fixed=True)
+    schedulefree: bool = _option(
+        True,
+        "schedule-free AdamW; --no_schedulefree: plain AdamW, whose rate stays as it is after the warm-up",
+        fixed=True,
+    )
     seed: int = _option(42, "seed of the initial weights (shared by all ranks) and of the data order", _whole(0, 2**53),
                         fixed=True)  # fmt: skip
 
@@ -204,25 +206,33 @@ class RunOptions:
 class PopulationOptions:
     """population"""
 
-    gossip_mixing_rate: float = _option(0.04, "chance a step that this rank calls a random peer", _FRACTION)
-    gossip_merge_method: str = _option("recombination", "clonal: the loser takes the winner's weights; recombination: "
+    gossip_mixing_rate: float = _option(
+        GossipConfig.mixing_rate, "chance a step that this rank calls a random peer", _FRACTION
+    )
+    gossip_merge_method: str = _option(Policy.method, "clonal: the loser takes the winner's weights; recombination: "
                                        "it moves towards them; average: both take the mean",
                                        choices=MERGE_METHODS)  # fmt: skip
-    gossip_recombination_alpha: float = _option(0.5, "how far a loser moves towards the winner, 0 ... 1", _FRACTION)
+    gossip_recombination_alpha: float = _option(
+        GossipConfig.recombination_alpha, "how far a loser moves towards the winner, 0 ... 1", _FRACTION
+    )
     gossip_optimizer_recombination: str = _option(
         "interpolate", "after a merge, second moments that came along are interpolated, or the optimizer starts afresh",
         choices=("reset", "interpolate"),
     )  # fmt: skip
-    gossip_fitness: str = _option("probe", "compare ranks by the probe, held-out windows that are the same for all (of "
-                                  "the training bytes' end where fewer than 8,196 are held out), or "
-                                  "by ema, a moving average of the training loss", choices=FITNESS_KINDS,
-                                  fixed=True)  # fmt: skip
-    gossip_tie: str = _option("average", "where the probe shows no clear winner both take the mean, or nothing moves",
-                              choices=TIES)  # fmt: skip
-    gossip_significance: float = _option(0.05, "chance that a winner by the probe is none; 0: nobody ever wins",
-                                         _FRACTION)  # fmt: skip
-    gossip_least_effect: float = _option(0.01, "nats per byte by which a winner must be ahead on the probe",
-                                         _NOT_NEGATIVE)  # fmt: skip
+    gossip_fitness: str = _option(
+        Policy.fitness, "compare ranks by the probe, held-out windows that are the same for all (of the training "
+        "bytes' end where fewer than 8,196 are held out), or by ema, a moving average of the training loss",
+        choices=FITNESS_KINDS, fixed=True,
+    )  # fmt: skip
+    gossip_tie: str = _option(
+        Policy.tie, "where the probe shows no clear winner both take the mean, or nothing moves", choices=TIES
+    )
+    gossip_significance: float = _option(
+        Policy.significance, "chance that a winner by the probe is none; 0: nobody ever wins", _FRACTION
+    )
+    gossip_least_effect: float = _option(
+        Policy.least_effect, "nats per byte by which a winner must be ahead on the probe", _NOT_NEGATIVE
+    )
     probe_every: int = _option(50, "steps between measurements of the probe, at most; fewer at a rank's beginning",
                                _whole(1))  # fmt: skip
     probe_budget: float = _option(0.02, "share of training's work for the probe, from which its size follows when a "
@@ -230,9 +240,10 @@ class PopulationOptions:
     probe_windows: int | None = _option(None, "windows of the probe, of 256 bytes", derived=True)
     gossip_payload: str = _option("weights", "send weights alone, or with the optimizer's second moments",
                                   choices=PAYLOADS)  # fmt: skip
-    gossip_wire_dtype: str = _option("bf16", "how numbers travel: rounded to bf16; fp32 as they are; int4 as "
-                                     "remainders of four bits, but for a clone, which travels in bf16",
-                                     choices=WIRE_DTYPES)  # fmt: skip
+    gossip_wire_dtype: str = _option(
+        GossipConfig.wire_dtype, "how numbers travel: rounded to bf16; fp32 as they are; int4 as remainders of four "
+        "bits, but for a clone, which travels in bf16", choices=WIRE_DTYPES,
+    )  # fmt: skip
     evolve: list[str] = _option([], "hyperparameters that evolve, of lr,weight_decay,grad_clip: each rank draws its "
                                 "own, and who takes a winner's weights inherits them, mutated", many=True,
                                 fixed=True)  # fmt: skip
@@ -240,19 +251,27 @@ class PopulationOptions:
                                    _real(1), fixed=True)  # fmt: skip
     mutation_scale: float = _option(0.2, "standard deviation of the logarithm of an inherited value's change",
                                     _NOT_NEGATIVE)  # fmt: skip
-    gossip_rollback: float | None = _option(0.1, "a merge that makes this rank's loss, of its averaged weights or of "
-                                            "those it trains, worse by more nats per byte is undone; none: never",
-                                            _tolerance)  # fmt: skip
-    gossip_fitness_decay: float = _option(0.95, "decay a step of the training loss's moving average, the fitness",
-                                          _real(0, 1, below=True))  # fmt: skip
+    gossip_rollback: float | None = _option(
+        GossipConfig.rollback_tolerance, "undo a merge that raises this rank's loss, of its averaged weights or of "
+        "those it trains, by more nats per byte; none: never", _tolerance,
+    )  # fmt: skip
+    gossip_fitness_decay: float = _option(
+        0.95, "decay a step of the training loss's moving average, with --gossip_fitness ema the fitness",
+        _real(0, 1, below=True),
+    )  # fmt: skip
     gossip_host: str | None = _option(None, "address, host name or interface to listen on (default: loopback if all "
                                       "ranks are on this host, else the default route's)")  # fmt: skip
     gossip_port: int = _option(0, "TCP port to listen on, plus the local rank; 0: any free one", _whole(0))
     gossip_peers: list[str] = _option([], "host:port,... to call where there is no shared filesystem", many=True)
-    gossip_heartbeat: float = _option(2.0, "seconds between a rank's signs of life", _POSITIVE)
-    gossip_liveness: float = _option(30.0, "seconds without a sign of life after which a rank counts as dead",
-                                     _POSITIVE)  # fmt: skip
-    gossip_timeout: float = _option(120.0, "seconds that one exchange may take in all", _POSITIVE)
+    gossip_heartbeat: float = _option(
+        GossipConfig.heartbeat_seconds, "seconds between a rank's signs of life", _SECONDS
+    )
+    gossip_liveness: float = _option(
+        GossipConfig.liveness_seconds, "seconds without a sign of life after which a rank counts as dead", _SECONDS
+    )
+    gossip_timeout: float = _option(
+        GossipConfig.exchange_seconds, "seconds that one exchange may take in all", _SECONDS
+    )
     filesystem_coordinator: bool = _option(
         True, "find peers, rank them and keep elites through the run directory; --no_filesystem_coordinator: "
         "only --gossip_peers",
@@ -315,18 +334,8 @@ def _add_flag(group: argparse._ArgumentGroup, option: dataclasses.Field) -> None
         metavar = {str: "X", parse_size: "SIZE", _steps: "SIZE"}.get(meta["parse"], "N")
         group.add_argument(
             f"--{name}", choices=meta.get("choices"), metavar=None if meta.get("choices") else metavar,
-            type=_argparse_type(meta["parse"]), help=meta["help"] + suffix,
+            type=as_argument(meta["parse"]), help=meta["help"] + suffix,
         )  # fmt: skip
-
-
-def _argparse_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
 
 
 def resolve_options(given: Mapping[str, Any], stored: Mapping[str, Mapping[str, Any]] | None = None) -> Options:

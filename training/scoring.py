@@ -25,17 +25,19 @@ def score(model: MinLM, path: Path, delimiter: int | None) -> float:
     The first byte has nothing to be predicted from. A document ends with its delimiter, as in training.
     """
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _score(model, content, delimiter)
+        with open(path, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(content) < 2:
+            raise ValueError("a single byte")
     except (OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"expected a readable file of 2 bytes or more, got {path} ({reason}): choose another") from None
+    with content:
+        return _score(model, content, delimiter)
 
 
 def _score(model: MinLM, content: mmap.mmap, delimiter: int | None) -> float:
     targets = len(content) - 1
-    if targets < 1:
-        raise ValueError("a single byte")
     nats, state = 0.0, None
     with tqdm(total=targets, unit="B", unit_scale=True, disable=None) as progress:
         for start in range(0, targets, CHUNK):

@@ -6,15 +6,15 @@ import os
 import resource
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gossip.config import GossipConfig
 from gossip.decision import Policy
-from gossip.evolutionary_node import GossipConfig
 from gossip.network_utils import choose_address, listen
 from gossip.secret import FILE_NAME, VARIABLE, run_secret
 from gossip.state import Rule
@@ -28,14 +28,13 @@ from training.checkpoint import read_for_use
 from training.data import Corpus, Region, find_files
 from training.heredity import Heredity
 from training.optimizer import TrainedWeights
-from training.options import Options, resolve_options
+from training.options import Options, PopulationOptions, resolve_options
 from training.probe import affordable_windows, probe_cost
 from training.run_directory import RunDirectory
 from training.succession import Resumed
 
 CONV_KERNEL_SIZE = 4  # as in the paper's language model
 DEFAULT_PARAMETERS = 15 * 1024**2
-NEED_A_RANKING = {"rejuvenation_probability", "rejuvenation_threshold", "elite_checkpoint_multiplier"}
 
 
 def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, RunDirectory, bool]:
@@ -45,13 +44,49 @@ def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, R
     not go together.
     """
     options, run, goes_on = _choose_run(given, identity)
-    if not options.population.filesystem_coordinator:
-        for name in sorted(NEED_A_RANKING & given.keys()):
-            raise UserError(
-                f"expected no --{name} beside --no_filesystem_coordinator, with which nobody ranks the population, "
-                f"got {given[name]}: leave one of them out"
-            )
+    try:
+        str(run.path.resolve()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"expected a run directory whose path is UTF-8, since torch opens checkpoints by no other, got {run.path}: "
+            "choose another"
+        ) from None
+    for name, beside in _idle(options.population):
+        if name in given:
+            raise UserError(f"expected no --{name} beside {beside}, got {given[name]}: leave one of them out")
     return options, run, goes_on
+
+
+def _idle(population: PopulationOptions) -> Iterator[tuple[str, str]]:
+    """Options that do nothing beside the others, each with what makes it so."""
+    comparing = ("gossip_tie", "gossip_significance", "gossip_least_effect")
+    alpha = "gossip_recombination_alpha"
+    for holds, names, beside in (
+        (
+            not population.filesystem_coordinator,
+            ("elite_checkpoint_multiplier", "rejuvenation_probability", "rejuvenation_threshold"),
+            "--no_filesystem_coordinator, with which nobody ranks the population",
+        ),
+        (
+            not population.fitness_weighted_checkpointing,
+            ("elite_checkpoint_multiplier",),
+            "--no_fitness_weighted_checkpointing, with which all ranks save alike",
+        ),
+        (population.gossip_fitness == "ema", comparing, "--gossip_fitness ema, by which the lower loss wins"),
+        (
+            population.gossip_merge_method == "average",
+            (alpha, *comparing),
+            "--gossip_merge_method average, with which both always take the mean",
+        ),
+        (
+            population.gossip_merge_method == "clonal",
+            (alpha,),
+            "--gossip_merge_method clonal, with which a loser takes all of the winner's weights",
+        ),
+        (not population.evolve, ("evolve_spread", "mutation_scale"), "no --evolve"),
+    ):
+        if holds:
+            yield from ((name, beside) for name in names)
 
 
 def _choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, RunDirectory, bool]:
@@ -283,7 +318,7 @@ def check_environment(device: torch.device) -> None:
 def check_secret(options: Options, run: RunDirectory) -> None:
     """Raise UserError for a secret that is there and will not do, or that nobody could make."""
     makes_one = options.population.filesystem_coordinator and VARIABLE not in os.environ
-    if not makes_one or (run.population / FILE_NAME).exists():
+    if not makes_one or os.path.exists(run.population / FILE_NAME):
         choose_secret(options, run)
 
 

@@ -106,11 +106,15 @@ def _gossip(policy: Policy) -> dict[str, str | float]:
     }  # fmt: skip
     if not isinstance(policy, Ours):
         return flags | {"gossip_merge_method": "average"}
-    return flags | {
-        "gossip_merge_method": policy.method, "gossip_recombination_alpha": policy.alpha, "gossip_fitness": "probe",
-        "gossip_tie": policy.tie, "gossip_significance": policy.significance,
-        "gossip_least_effect": policy.least_effect, "probe_every": policy.probe_every,
-    }  # fmt: skip
+    flags |= {"gossip_merge_method": policy.method, "gossip_fitness": "probe", "probe_every": policy.probe_every}
+    if policy.method == "recombination":
+        flags["gossip_recombination_alpha"] = policy.alpha
+    if policy.method != "average":
+        flags |= {
+            "gossip_tie": policy.tie, "gossip_significance": policy.significance,
+            "gossip_least_effect": policy.least_effect,
+        }  # fmt: skip
+    return flags
 
 
 def _newest(population: Population, rank: int, step: int) -> CheckpointFile:

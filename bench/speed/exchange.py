@@ -23,9 +23,10 @@ from blake3 import blake3
 from torch import Tensor
 
 from bench.speed.timing import Goal, Row, Setting, Turns
+from gossip.config import GossipConfig
 from gossip.decision import Policy
 from gossip.event_log import EventLog
-from gossip.evolutionary_node import EvolutionaryNode, GossipConfig
+from gossip.evolutionary_node import EvolutionaryNode
 from gossip.exchange import PIECE_BYTES as ENGINE_PIECE_BYTES
 from gossip.exchange import converse
 from gossip.handshake import authenticate, run_key
@@ -59,7 +60,7 @@ class BenchParty:
 
     def speak(self, wire_dtype: str) -> None:
         """Let numbers travel so from now on; as they are, in whole states, which take no snapshot at the receiver."""
-        self.policy = Policy(method="clonal" if wire_dtype == "fp32" else "recombination")
+        self.policy = Policy("clonal" if wire_dtype == "fp32" else "recombination", "ema")
         self.wire_dtype, self.wire_format = wire_dtype, wire_format(wire_dtype, ENGINE_PIECE_BYTES)
 
     def hello(self, theirs: Hello | None) -> Hello:

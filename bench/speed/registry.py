@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.speed.timing import Goal, Row, Setting, Spread
-from gossip.evolutionary_node import GossipConfig
+from gossip.config import GossipConfig
 from gossip.filesystem_coordinator import FilesystemCoordinator
 
 SIZES = (1, 2, 4, 8, 16, 1024)

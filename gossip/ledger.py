@@ -91,7 +91,7 @@ class Ledger:
         self.count(**{ending: 1}, bytes_sent=sent, bytes_received=received)
 
     def write(self, talk: Talk, event: str, message: str) -> None:
-        """The conversation's one line in the event log. It may wait for the disk: not for the training thread."""
+        """The conversation's one line in the event log."""
         mine = talk.mine
         self._event_log.write(
             event,

@@ -27,7 +27,7 @@ HANDSHAKE_SECONDS = 5.0  # to connect and to authenticate
 ACCEPTS_AT_ONCE = 10  # callers, and then a pause: bounds the time that they take from training
 ACCEPT_PAUSE_SECONDS = 0.2  # who comes meanwhile would most likely hear BUSY
 REPORT_SECONDS = 10.0  # between two lines about the same kind of failure of strangers
-CLOSE_SECONDS = 5.0  # for the thread to end: a hung filesystem may hold an event's line for ever
+CLOSE_SECONDS = 5.0  # for the thread to end: whatever holds it, the process can end
 
 
 class Switchboard:
@@ -88,7 +88,7 @@ class Switchboard:
         self._ready.wait()
 
     def close(self) -> None:
-        """End every conversation, close every socket and join the thread, or leave it behind where a disk holds it."""
+        """End every conversation, close every socket and join the thread, or leave it where something holds it."""
         self.post(lambda: self._stop.set())
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():

@@ -19,8 +19,8 @@ def at_once(write: Write) -> None:
 
 
 class Scribe:
-    """Does what it is handed, which deals with OSError itself. Where MOST_WAITING wait already, more is dropped,
-    counted in `lost` and said once.
+    """Does what it is handed, which deals with OSError itself. Where MOST_WAITING wait already, or memory is out, a
+    write is dropped, counted in `lost` and said once.
     """
 
     def __init__(self) -> None:
@@ -43,9 +43,7 @@ class Scribe:
         try:
             self._waiting.put_nowait(write)
         except queue.Full:
-            self.lost += 1
-            if self.lost == 1:
-                say("warning: lines of logs and metrics are being lost: the disk does not answer; training goes on")
+            self._lose("the disk does not answer")
 
     def close(self) -> None:
         """Wait until all is written, END_SECONDS at most; what is not then is lost, which is said."""
@@ -57,15 +55,29 @@ class Scribe:
             self._thread.join(END_SECONDS)
         except queue.Full:
             pass
+        if self._error is not None:
+            raise self._error
         if self._thread.is_alive():
             left = self._waiting.qsize()
             say(f"warning: the last {left} lines of logs and metrics are lost: the disk does not answer")
-        if self._error is not None:
-            raise self._error
+            return
+        while not self._waiting.empty():  # what the last ones have handed over in their turn
+            self._do(self._waiting.get())
 
     def _run(self) -> None:
         try:
             while (write := self._waiting.get()) is not None:
-                write()
+                self._do(write)
         except BaseException as error:
             self._error = error
+
+    def _do(self, write: Write) -> None:
+        try:
+            write()
+        except MemoryError:
+            self._lose("memory is out")
+
+    def _lose(self, why: str) -> None:
+        self.lost += 1
+        if self.lost == 1:
+            say(f"warning: lines of logs and metrics are being lost: {why}; training goes on")

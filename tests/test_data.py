@@ -51,22 +51,32 @@ def test_find_files_refuses_a_folder_that_it_may_not_list():
             path.mkdir(exist_ok=True)
             path.chmod(0o755)
             (path / "text.txt").write_text("x")
-        (folder / "locked").chmod(0)
+        for name in ("locked", "open/.hidden", "open/lost+found"):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name).chmod(0)
         before = os.geteuid()
         os.seteuid(before or 65534)
         try:
-            assert len(find_files([f"{folder}/*.txt", f"{folder}/open"])) == 2
-            for pattern in (f"{folder}", f"{folder}/**/*.txt", f"{folder}/l*", f"{folder}/locked/text.txt"):
+            assert len(find_files([f"{folder}/*.txt", f"{folder}/open/**/*.txt", f"{folder}/open/text.*"])) == 2
+            for pattern in (
+                f"{folder}",
+                f"{folder}/**/*.txt",
+                f"{folder}/*/*.txt",
+                f"{folder}/l*",
+                f"{folder}/locked/text.txt",
+            ):
                 with pytest.raises(UserError, match=r"expected data at .* that may be read, got .*Permission denied"):
                     find_files([pattern])
         finally:
             os.seteuid(before)
-        (folder / "locked").chmod(0o755)
+        for name in ("locked", "open/.hidden", "open/lost+found"):
+            (folder / name).chmod(0o755)
 
 
 def test_find_files_leaves_out_links_to_nothing_and_says_that_a_name_is_too_long(tmp_path):
     (tmp_path / "text").write_text("x")
     (tmp_path / "link").symlink_to("nothing")
+    (tmp_path / "loop").symlink_to("loop")
     assert find_files([str(tmp_path)]) == [tmp_path / "text"]
     with pytest.raises(UserError, match="File name too long"):
         find_files([f"{tmp_path}/{'x' * 300}"])

@@ -1,8 +1,11 @@
 """The thread that writes logs and metrics: what a disk that hangs costs, and what it does not."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +75,51 @@ def test_what_is_too_much_to_keep_is_dropped_counted_and_said_once(monkeypatch, 
     hands.close()
     assert done == [0, 1, 2] and hands.lost == 7
     assert capsys.readouterr().err.count("are being lost: the disk does not answer; training goes on") == 1
+
+
+def test_memory_that_is_out_costs_a_line_and_no_more(capsys):
+    done, hands = [], Scribe()
+    for number in range(3):
+        hands.hand(lambda number=number: done.append(number) if number != 1 else bytearray(1 << 60))
+    hands.close()
+    assert done == [0, 2] and hands.lost == 1
+    assert "are being lost: memory is out; training goes on" in capsys.readouterr().err
+
+
+def test_what_a_last_write_hands_over_in_its_turn_is_written_too(tmp_path):
+    """As a row of the metrics that cannot be written does, once the logs have been closed."""
+    hands, free = Scribe(), threading.Event()
+    log = RunLog(tmp_path / "train.log", echo=False, hand=hands.hand)
+    hands.hand(lambda: (free.wait(), log.line("it failed")))
+    log.close()
+    closing = threading.Thread(target=hands.close)
+    closing.start()
+    while not hands._closed:
+        time.sleep(0.001)
+    free.set()
+    closing.join()
+    assert (tmp_path / "train.log").read_text().endswith("it failed\n")
+
+
+def test_a_reader_of_standard_error_who_stands_still_holds_up_nobody(tmp_path):
+    """Of the first rank each line goes there too, and the launcher behind it may hang with its disk."""
+    script = (
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from runtime.scribe import Scribe\n"
+        "from training.metrics import RunLog\n"
+        "hands = Scribe()\n"
+        "log = RunLog(Path('train.log'), echo=True, hand=hands.hand)\n"
+        "for _ in range(2000): log.line('x' * 100)\n"
+        "os._exit(0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    )
+    with process:
+        assert process.wait(timeout=60) == 0
+        process.stderr.close()
 
 
 def test_the_end_does_not_wait_for_ever(monkeypatch, capsys):

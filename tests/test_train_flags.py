@@ -290,7 +290,8 @@ def test_ranks_that_could_never_meet_are_refused(run_train, monkeypatch):
     ],
 )
 def test_a_flag_that_would_do_nothing_is_refused(run_train, tmp_path, flag, beside):
-    said = f"expected no {flag} beside {' '.join(beside) or 'no --evolve'}.*, got 1.0: leave one of them out"
+    why = f"beside {' '.join(beside)}" if beside else "without --evolve"
+    said = f"expected no {flag} {why}.*, got 1.0: leave it out"
     with pytest.raises(UserError, match=said):
         run_train("run", "--train_steps", "1", *beside, flag, "1", *QUIET)
     assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 Shape letters: B lanes, T bytes of a chunk.
 """
 
+import errno
 import glob
 import hashlib
 import os
@@ -28,10 +29,8 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         try:
+            _check_listable(pattern)
             matches = sorted(glob.glob(pattern, recursive=True)) or [pattern]
-            if "**" in pattern:  # glob leaves out what it may not list
-                for folder in filter(os.path.isdir, glob.glob(pattern[: pattern.index("**")] or ".")):
-                    _files_under(folder)
             files = [file for match in matches for file in (_files_under(match) if os.path.isdir(match) else [match])]
             files = [Path(file).resolve() for file in files if _is_file(file)]
         except OSError as error:
@@ -45,21 +44,44 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def _files_under(folder: str) -> list[Path]:
-    """What is in `folder` and in those below it but folders, sorted. Raises OSError where one cannot be listed."""
+def _check_listable(pattern: str) -> None:
+    """Raise OSError where a folder that a glob looks into cannot be listed: glob itself would pass over it."""
+    parts = Path(pattern).parts
+    for place, part in enumerate(parts):
+        if glob.has_magic(part):
+            for folder in filter(os.path.isdir, glob.glob(str(Path(*parts[:place])))):
+                if part == "**":
+                    _files_under(folder, hidden=False)
+                else:
+                    os.scandir(folder).close()
+        if part == "**":
+            return
+
+
+def _files_under(folder: str, hidden: bool = True) -> list[Path]:
+    """What is in `folder` and in those below it but folders, sorted; hidden: names that begin with a dot, too. Raises
+    OSError where one cannot be listed, but for a filesystem's own lost+found."""
 
     def refuse(error: OSError) -> None:
-        raise error
+        if os.path.basename(error.filename) != "lost+found":
+            raise error
 
-    return sorted(Path(place) / name for place, _, names in os.walk(folder, onerror=refuse) for name in names)
+    files = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        if not hidden:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place) / name for name in names]
+    return sorted(files)
 
 
 def _is_file(path: str | Path) -> bool:
     """Not a folder, a device, nothing at all or a link to nothing. Raises OSError where that cannot be told."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
 
 
 class Corpus:

@@ -112,17 +112,22 @@ class RunLog:
     def line(self, text: str, echo: bool | None = None) -> None:
         """Write one line; `echo` overrides whether standard error gets it too."""
         stamped = f"{datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M:%S')} {text}"
-        self._hand(functools.partial(self._write, f"{stamped}\n".encode(errors="backslashreplace")))
-        if self._echo if echo is None else echo:
+        self._hand(functools.partial(self._write, stamped, self._echo if echo is None else echo))
+
+    def _write(self, stamped: str, echo: bool) -> None:
+        try:
+            if self._file.closed:
+                self._file = open(self._path, "ab", buffering=0)
+            self._file.write(f"{stamped}\n".encode(errors="backslashreplace"))
+        except OSError as error:
+            self._lose(error)
+        if echo:
             say(stamped)
 
-    def _write(self, line: bytes) -> None:
-        try:
-            self._file.write(line)
-        except OSError as error:
-            self.lost += 1
-            if self.lost == 1:
-                say(f"warning: the log cannot be written ({error.strerror}); training goes on")
+    def _lose(self, error: OSError) -> None:
+        self.lost += 1
+        if self.lost == 1:
+            say(f"warning: the log cannot be written ({error.strerror}); training goes on")
 
     def mix(self, event: str, *account: Any) -> None:
         """Write the line of a conversation that moved weights or failed, told as to mix_line(); any thread."""
@@ -131,8 +136,14 @@ class RunLog:
             self.line(line)
 
     def close(self) -> None:
-        """Close the file, after what was handed over before."""
-        self._hand(self._file.close)
+        """Close the file, after what was handed over before; a later line opens it again."""
+        self._hand(self._close)
+
+    def _close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as error:  # a network filesystem says here what became of earlier writes
+            self._lose(error)
 
 
 def report_line(row: dict[str, Any]) -> str:

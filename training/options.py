@@ -331,7 +331,9 @@ def _add_flag(group: argparse._ArgumentGroup, option: dataclasses.Field) -> None
             f"--{name}", nargs="+", action="extend", type=meta["parse"], metavar="X", help=meta["help"]
         )  # fmt: skip
     else:
-        metavar = {str: "X", parse_size: "SIZE", _steps: "SIZE"}.get(meta["parse"], "N")
+        metavar = {str: "X", parse_size: "SIZE", _chunk: "SIZE", _val_bytes: "SIZE", _steps: "SIZE"}.get(
+            meta["parse"], "N"
+        )
         group.add_argument(
             f"--{name}", choices=meta.get("choices"), metavar=None if meta.get("choices") else metavar,
             type=as_argument(meta["parse"]), help=meta["help"] + suffix,

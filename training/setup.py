@@ -53,7 +53,7 @@ def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, R
         ) from None
     for name, beside in _idle(options.population):
         if name in given:
-            raise UserError(f"expected no --{name} beside {beside}, got {given[name]}: leave one of them out")
+            raise UserError(f"expected no --{name} {beside}, got {given[name]}: leave it out")
     return options, run, goes_on
 
 
@@ -65,25 +65,25 @@ def _idle(population: PopulationOptions) -> Iterator[tuple[str, str]]:
         (
             not population.filesystem_coordinator,
             ("elite_checkpoint_multiplier", "rejuvenation_probability", "rejuvenation_threshold"),
-            "--no_filesystem_coordinator, with which nobody ranks the population",
+            "beside --no_filesystem_coordinator, with which nobody ranks the population",
         ),
         (
             not population.fitness_weighted_checkpointing,
             ("elite_checkpoint_multiplier",),
-            "--no_fitness_weighted_checkpointing, with which all ranks save alike",
+            "beside --no_fitness_weighted_checkpointing, with which all ranks save alike",
         ),
-        (population.gossip_fitness == "ema", comparing, "--gossip_fitness ema, by which the lower loss wins"),
+        (population.gossip_fitness == "ema", comparing, "beside --gossip_fitness ema, by which the lower loss wins"),
         (
             population.gossip_merge_method == "average",
             (alpha, *comparing),
-            "--gossip_merge_method average, with which both always take the mean",
+            "beside --gossip_merge_method average, with which both always take the mean",
         ),
         (
             population.gossip_merge_method == "clonal",
             (alpha,),
-            "--gossip_merge_method clonal, with which a loser takes all of the winner's weights",
+            "beside --gossip_merge_method clonal, with which a loser takes all of the winner's weights",
         ),
-        (not population.evolve, ("evolve_spread", "mutation_scale"), "no --evolve"),
+        (not population.evolve, ("evolve_spread", "mutation_scale"), "without --evolve"),
     ):
         if holds:
             yield from ((name, beside) for name in names)

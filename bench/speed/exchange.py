@@ -137,7 +137,7 @@ def _boundary(setting: Setting, live: dict[str, Tensor], schema: Schema) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         node = EvolutionaryNode(
             Identity(0, 0, 1, 1, "alone"), "bench", Path(folder), listen("127.0.0.1", 0), schema, live, dict,
-            GossipConfig(), EventLog(Path(folder) / "events.tsv", 0), 0, None, bytes(32),
+            GossipConfig(mixing_rate=0.01), EventLog(Path(folder) / "events.tsv", 0), 0, None, bytes(32),
         )  # fmt: skip
         node.start()
         steps, times = 1_000 if setting.quick else 100_000, []

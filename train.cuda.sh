@@ -53,6 +53,5 @@ run_ranks --ranks "${RANKS:-${#cores[@]}}" --cores "${cores[@]}" --max_restarts 
     -- train.py ${DEVICE:+"$DEVICE"} ${GOSSIP_HOST:+--gossip_host "$GOSSIP_HOST"} "${FLAGS[@]}" "$@"
 
 case $STATUS in 130 | 143) exit "$STATUS" ;; esac # a second signal
-if [ "$STATUS" -eq 2 ] && [ ! -e "$RUN_DIR/latest.pt" ]; then exit 2; fi # nothing was trained
 "$VENV_PYTHON" watch.py "$RUN_DIR" --once || STATUS=$((STATUS ? STATUS : $?))
 exit "$STATUS"

@@ -53,7 +53,6 @@ run_ranks --ranks "$RANKS" ${THREADS_PER_RANK:+--threads_per_rank "$THREADS_PER_
 
 # 130, 143: who sends a second signal does not wait for a table.
 case $STATUS in 130 | 143) exit "$STATUS" ;; esac
-if [ "$STATUS" -eq 2 ] && [ ! -e "$RUN_DIR/latest.pt" ]; then exit 2; fi # nothing was trained
 "$VENV_PYTHON" watch.py "$RUN_DIR" --once || STATUS=$((STATUS ? STATUS : $?))
 if [ -n "$SAMPLE_PROMPT" ]; then
     # A young model may well write control characters, which are not for a terminal.

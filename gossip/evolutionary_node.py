@@ -155,16 +155,13 @@ class EvolutionaryNode:
     def step_boundary(
         self, step: int, lineage: int, fitness: float | None, status: dict, evidence: Evidence | None = None
     ) -> MergeReport | None:
-        """Between two optimizer steps: publish, serve a snapshot, merge what has arrived, perhaps call a peer.
+        """Between two optimizer steps: publish(), serve a snapshot, merge what has arrived, perhaps call a peer.
 
-        lineage: optimizer steps behind the live weights, own or inherited; fitness: their loss in nats per byte, None
-        while unknown; status: JSON values for the registry; evidence: the probe's losses since the weights last changed
-        hands, None while there are none. Returns what was merged, if anything was and was kept: the
-        weights are others then, and their fitness is unknown. Raises what ended a gossip thread, should that ever
-        happen.
+        Returns what was merged, if anything was and was kept: the weights are others then, and their fitness is
+        unknown. Raises what ended a gossip thread, should that ever happen.
         """
         desk, report = self._desk, None
-        desk.publish(step, lineage, fitness, status, evidence)
+        self.publish(step, lineage, fitness, status, evidence)
         self._raise_error()
         if desk.waiting:
             desk.serve()
@@ -175,6 +172,17 @@ class EvolutionaryNode:
         if self._seeking.is_due(lambda: bool(self._known_addresses())) or lucky:
             self._switchboard.ring()
         return report
+
+    def publish(
+        self, step: int, lineage: int, fitness: float | None, status: dict, evidence: Evidence | None = None
+    ) -> None:
+        """What the others are told from now on, and at the end, by close().
+
+        lineage: optimizer steps behind the live weights, own or inherited; fitness: their loss in nats per byte, None
+        while unknown; status: JSON values for the registry; evidence: the probe's losses since the weights last changed
+        hands, None while there are none.
+        """
+        self._desk.publish(step, lineage, fitness, status, evidence)
 
     def seek(self) -> None:
         """Call peers, less and less often, until a conversation, of either end's calling, has ended well."""

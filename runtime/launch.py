@@ -229,6 +229,8 @@ def main(arguments: list[str]) -> int:
         metavar="N",
         help=f"longest pause before a first restart, doubled at each up to {LONGEST_PAUSE:g} (default: %(default)g)",
     )
+    if not command and any(word.endswith(".py") for word in own):
+        raise UserError("expected -- before the script and its flags, got none: write ... -- train.py ...")
     options = parser.parse_args(normalise_flags(own))
     ranks = 1 if options.task else options.ranks
     threads = default_threads(ranks) if options.threads_per_rank is None else options.threads_per_rank

@@ -63,6 +63,8 @@ ensure_corpus() {
 
 # run_ranks ARGUMENT ...: the launcher with these arguments, until it ends; its status in STATUS.
 run_ranks() {
+    local before
+    before=$(readlink -- "$RUN_DIR/latest.pt" || true)
     # The launcher gets a process group of its own: a signal then reaches it once, through this script.
     local signal launcher=
     for signal in INT TERM HUP USR1; do
@@ -79,4 +81,6 @@ run_ranks() {
     STATUS=0
     wait "$launcher" || STATUS=$?
     trap - INT TERM HUP USR1
+    # A mistake, and nothing was trained: its line is not to be buried under a table of what was there before.
+    if [ "$STATUS" -eq 2 ] && [ "$(readlink -- "$RUN_DIR/latest.pt" || true)" = "$before" ]; then exit 2; fi
 }

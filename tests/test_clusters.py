@@ -80,6 +80,8 @@ def test_train_local_trains_shows_the_ranks_and_lets_the_best_speak(project, tex
     assert done.returncode == 0, done.stderr
     assert {file.rank for file in World(project, text, 2, run="runs/run").checkpoints()} == {0, 1}
     assert done.stdout.startswith("2 ranks (2 left) ") and "\ndef " in done.stdout
+    again = call(project, "train.local.sh", "--data", str(text), "--train_steps", "40", "--output", "runs/run", **small)
+    assert (again.returncode, again.stdout) == (2, "") and "already holds a run" in again.stderr
 
 
 # A rank that trains nothing, and writes down what it was told.

@@ -60,7 +60,9 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 def test_export_and_back_is_bit_exact(run_dir, tmp_path, capsys):
     run("--model", run_dir, "--output", tmp_path / "new" / "folder")
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    files = sorted((tmp_path / "new" / "folder").iterdir())
+    assert [path.name for path in files] == ["config.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in files}) == 1  # whoever may read the one may read the other
     with pytest.raises(UserError, match=r"got \S+: export\.py --model \S+ --output FILE\.pt makes a checkpoint"):
         find_model_file(tmp_path / "new" / "folder")
     run("--model", tmp_path / "new" / "folder", "--output", tmp_path / "back.pt")

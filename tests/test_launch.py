@@ -211,9 +211,10 @@ if os.environ["RANK"] == "1":
         (["--ranks", "2", "--restart_seconds", "nan", "--", __file__], "--restart_seconds of at least 0, got nan"),
         (["--ranks", "2", "--", "absent.py"], "script after --, got 'absent.py'"),
         (["--ranks", "2"], "script after --, got nothing"),
+        (["--ranks", "2", "train.py", "--lr", "1"], "expected -- before the script and its flags, got none"),
         ([], "--ranks --task is required"),
     ],
-    ids=["no-ranks", "no-threads", "no-restarts", "no-pause", "no-file", "no-script", "nothing"],
+    ids=["no-ranks", "no-threads", "no-restarts", "no-pause", "no-file", "no-script", "no-dashes", "nothing"],
 )
 def test_launch_refuses_bad_input_with_status_2(arguments, said):
     command = [sys.executable, "-m", "runtime.launch", *arguments]

@@ -1,5 +1,6 @@
 """What the training loop does at its edges: averaged weights, non-finite losses, failing disks, signals, merges."""
 
+import json
 import math
 import os
 import signal
@@ -410,3 +411,23 @@ def test_each_further_return_tries_an_older_checkpoint(run_train, trainers, tmp_
             recovery.bad_step()
     returns = [line for line in (tmp_path / "after.log").read_text().splitlines() if "returned" in line]
     assert [line.split("_step_")[1][:6] for line in returns] == ["000048", "000032", "000016", "000016", "000016"]
+
+
+def test_the_last_sign_of_life_and_the_last_checkpoint_speak_of_the_last_weights(
+    run_train, trainers, monkeypatch, tmp_path
+):
+    """A merge at the last step replaced them, and nobody has measured them yet."""
+    meet = Trainer._meet_population
+
+    def met(self):
+        meet(self)
+        if self.totals.step == 7:
+            self.weights.adopt(self.weights.averaged())
+            self.parts.fitness.replaced(judged=False)
+
+    monkeypatch.setattr(Trainer, "_meet_population", met)
+    run_train("run", "--train_steps", "7", *QUIET)
+    (trainer,) = trainers
+    entry = json.loads((tmp_path / "run" / "population" / "rank_0000.json").read_text())
+    assert entry["step"] == 7 and entry["fitness"] == trainer.parts.fitness.value is not None
+    assert newest(tmp_path / "run")["loss"] == entry["fitness"]

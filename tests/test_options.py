@@ -69,6 +69,14 @@ def test_parse_arguments_refuses_bad_values_in_one_line(argv):
     assert "\n" not in str(caught.value)
 
 
+def test_parse_arguments_says_what_a_number_may_be():
+    for flag, text in (("--lr", "inf"), ("--max_minutes", "-1")):
+        with pytest.raises(UserError, match=f"expected a number above 0, and finite, got {text}: choose another"):
+            parse_arguments([flag, text], "")
+    with pytest.raises(UserError, match=r"expected a number in \[0, 1\), got 1: choose another"):
+        parse_arguments(["--dropout", "1"], "")
+
+
 def test_every_option_has_help_and_every_group_a_title():
     for group in dataclasses.fields(Options):
         assert group.default_factory.__doc__

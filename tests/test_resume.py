@@ -157,6 +157,9 @@ def test_resume_refuses_what_is_no_run(run_train, tmp_path):
     for place, said in (("empty", r"without config\.json"), ("absent", "is no folder"), ("file", "is no folder")):
         with pytest.raises(UserError, match=f"expected a run directory to resume, got {place}, .*{said}: "):
             train.main(["--resume", place])
+    run_train("run", "--train_steps", "1", *QUIET)
+    with pytest.raises(UserError, match=r"got run/best\.pt, which is no folder: give its folder, run$"):
+        train.main(["--resume", "run/best.pt"])
 
 
 def test_resume_refuses_a_run_without_a_whole_checkpoint(run_train):

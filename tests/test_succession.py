@@ -47,6 +47,25 @@ def test_where_ranks_are_fewer_the_best_go_on(tmp_path):
     assert [first(tmp_path, rank, 2) for rank in range(2)] == [(3, 10, True), (1, 10, True)]
 
 
+def test_a_rank_that_was_dropped_comes_back_as_a_new_one(tmp_path):
+    begin(tmp_path, 3)
+    for rank, loss in enumerate((1.0, 2.0, 3.0)):
+        save(tmp_path, rank, 10, loss)
+    assert first(tmp_path, 0, 1) == (0, 10, True)
+    save(tmp_path, 0, 90, 0.5)
+    assert [first(tmp_path, rank, 3) for rank in range(3)] == [(0, 90, True), (0, 90, False), (0, 90, False)]
+
+
+def test_who_was_to_go_on_elsewhere_and_never_did_is_not_dropped(tmp_path):
+    begin(tmp_path, 2)
+    save(tmp_path, 0, 10, 2.0)
+    save(tmp_path, 1, 10, 1.0)
+    assert first(tmp_path, 0, 1) == (1, 10, True)  # killed before its first save
+    assert [first(tmp_path, rank, 2) for rank in range(2)] == [(0, 10, True), (1, 10, True)]
+    (tmp_path / checkpoint_name(0, 10, 2.0)).unlink()
+    assert first(tmp_path, 0, 3) == (1, 10, False)
+
+
 def test_what_was_decided_holds_though_a_rank_saved_before_another_looked(tmp_path):
     begin(tmp_path, 4)
     for rank, loss in enumerate((3.0, 1.0, 2.0, 0.5)):

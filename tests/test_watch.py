@@ -91,6 +91,24 @@ def test_watch_once_prints_every_rank(run, capsys):
     )
 
 
+def test_watch_counts_no_rank_that_a_launch_of_fewer_has_left_behind(run, capsys):
+    run.beat()
+    run.leave(2)
+    for size, shown in ((3, 3), (2, 2), (1, 2)):  # rank 1 lives, whatever is written
+        (run.path / "config.json").write_text(json.dumps({"world_size": size}))
+        watch.main([str(run.path), "--once"])
+        assert len(cells(capsys.readouterr().out)) == shown
+
+
+def test_watch_compares_by_the_probe_where_there_is_no_registry(tmp_path, capsys):
+    """Training's losses are not what elites are ranked by."""
+    metrics = MetricsFile(tmp_path / "metrics" / "rank_0000.tsv")
+    metrics.create()
+    metrics.append({"rank": 0, "step": 200, "ema_loss": 2.5, "probe_loss": 3 * math.log(2)})
+    watch.main([str(tmp_path), "--once"])
+    assert "best 3.000 (rank 0)" in capsys.readouterr().out
+
+
 def table_lines(printed):
     return [line for line in printed.splitlines() if line.split()[:1] in (["rank"], ["0"], ["1"], ["2"])]
 

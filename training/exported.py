@@ -76,6 +76,7 @@ def write_model(model: Model, output: Path) -> None:
             raise OSError(None, str(error)) from None
         _sync_file(temporary / WEIGHTS_NAME)
         atomic_write(temporary / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+        shutil.copymode(temporary / CONFIG_NAME, temporary / WEIGHTS_NAME)  # safetensors writes for its user alone
         os.rename(temporary, output)
         undoing.pop_all()
     sync_folder(output.parent)

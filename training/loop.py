@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossip.comparison import Evidence
 from gossip.event_log import EventLog
 from gossip.evolutionary_node import EvolutionaryNode
 from gossip.filesystem_coordinator import RankReplaced
@@ -172,6 +173,9 @@ class Trainer:
 
     def _end(self, _kind: type | None, error: BaseException | None, _traceback: TracebackType | None) -> None:
         if isinstance(error, Exception | None):
+            if error is None:  # so that what the others, and its checkpoint's name, say of it is of its last weights
+                self.parts.fitness.measure_if_due(self.totals.step)
+                self.parts.node.publish(*self._news())
             self.parts.node.close()  # no step boundary follows: whoever called would wait for one, as long as the save
         if error is None:
             self.saving.last("stopped by a signal" if self.parts.signals.stop else "end of the budget")
@@ -213,9 +217,8 @@ class Trainer:
     def _meet_population(self) -> None:
         node = self.parts.node
         self.parts.writer.before_write()  # a merge may write; for its own copies the node waits itself
-        totals, fitness = self.totals, self.parts.fitness
-        fitness.measure_if_due(totals.step)
-        report = node.step_boundary(totals.step, totals.lineage, fitness.value, self.status(), fitness.evidence)
+        self.parts.fitness.measure_if_due(self.totals.step)
+        report = node.step_boundary(*self._news())
         if report is not None:
             self.distance = report.distance
             self.weights_replaced(
@@ -224,6 +227,11 @@ class Trainer:
             if not report.both and self.parts.heredity.values:
                 self._inherit(report.peer_genes)
         self._rejuvenation.consider()
+
+    def _news(self) -> tuple[int, int, float | None, dict[str, Any], Evidence | None]:
+        """What the node tells the others."""
+        fitness = self.parts.fitness
+        return self.totals.step, self.totals.lineage, fitness.value, self.status(), fitness.evidence
 
     def hyperparameter(self, name: str) -> float:
         """The value in force: this rank's own where it evolves, else the option's."""

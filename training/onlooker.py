@@ -30,8 +30,8 @@ _ELITE = re.compile(r"checkpoint_rank_(\d+)_step_(\d+)_loss_([\d.]+|NA)\.pt")
 class Row:
     """What is known of one rank; losses in nats per byte, None where a value is not known.
 
-    loss: the newest moving average; trend: that of the rows read, oldest first; best: its fitness at its best;
-    beat_seconds: since its last sign of life; counts: by COUNTS.
+    loss: the newest moving average; trend: that of the rows read, oldest first; best: its fitness at its best, without
+    a registry its newest; beat_seconds: since its last sign of life; counts: by COUNTS.
     """
 
     rank: int
@@ -136,6 +136,9 @@ class Onlooker:
         self._read_tables(now + seconds)
         entries = self._sightings.entries
         rows = tuple(self._row(rank, now) for rank in sorted(self._metrics.keys() | entries.keys()))
+        size = world_size(self.run_dir)
+        if size is not None:  # a rank that a launch of fewer has left behind is no part of the population any more
+            rows = tuple(row for row in rows if row.rank < size or row.state in ("leads", "running"))
         over = bool(entries) and all(self._sightings.left(rank) for rank in entries)
         return View(rows, read_elites(self.run_dir), self._flow.counted(), self._flow.until, over)
 
@@ -239,7 +242,7 @@ def make_row(
         state=state,
         loss=metrics.get("ema_loss", value("fitness")),
         trend=trend,
-        best=metrics.get("ema_loss") if best is None else best,
+        best=metrics.get("probe_loss", metrics.get("ema_loss")) if best is None else best,
         held_out=metrics.get("val_loss"),
         step=None if step is None else int(step),
         bytes_per_s=value("bytes_per_s"),
@@ -260,6 +263,14 @@ def read_elites(run_dir: Path) -> tuple[Elite, ...]:
         if match:
             found.append(Elite(int(match[1]), int(match[2]), None if match[3] == MISSING else float(match[3])))
     return tuple(found)
+
+
+def world_size(run_dir: Path) -> int | None:
+    """The number of ranks of the run's newest launch, as config.json has it; None where it cannot be read."""
+    try:
+        return int(json.loads((run_dir / "config.json").read_text())["world_size"])
+    except (OSError, ValueError, KeyError, TypeError):  # a run that has only begun
+        return None
 
 
 def population_seconds(run_dir: Path, option: str, default: float) -> float:

@@ -76,8 +76,10 @@ def _real(minimum: float, maximum: float = math.inf, *, above: bool = False, bel
             raise UserError(f"expected a number, got {text!r}: write it so") from None
         inside = (value > minimum if above else value >= minimum) and (value < maximum if below else value <= maximum)
         if not inside or not math.isfinite(value):
-            interval = f"{'(' if above else '['}{minimum:g}, {maximum:g}{')' if below else ']'}"
-            raise UserError(f"expected a number in {interval}, got {text}: choose one inside")
+            interval = f"in {'(' if above else '['}{minimum:g}, {maximum:g}{')' if below else ']'}"
+            if math.isinf(maximum):
+                interval = f"{'above' if above else 'of at least'} {minimum:g}, and finite"
+            raise UserError(f"expected a number {interval}, got {text}: choose another")
         return value
 
     return parse

@@ -119,11 +119,12 @@ class RunDirectory:
             options = json.loads(self.config.read_text())["options"]
             return {group: dict(values) for group, values in options.items()}
         except (FileNotFoundError, NotADirectoryError):
-            got = "without config.json" if self.path.is_dir() else "which is no folder"
-            raise UserError(
-                f"expected a run directory to resume, got {self.path}, {got}: check the path, or remove "
-                "it and start a new run"
-            ) from None
+            got, advice = "which is no folder", "check the path"
+            if os.path.isdir(self.path):
+                got, advice = "without config.json", "check the path, or start a new run with --output"
+            elif os.path.isfile(self.path.parent / self.config.name):
+                advice = f"give its folder, {self.path.parent}"
+            raise UserError(f"expected a run directory to resume, got {self.path}, {got}: {advice}") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"expected a readable config.json in {self.path}, got {error}: mend the file") from None
 

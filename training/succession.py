@@ -136,7 +136,7 @@ def resume_sources(run_dir: Path, rank: int, world_size: int) -> list[Source]:
     population = run_dir / "population"
     launch = newest_launch(population)
     if launch is None or launch.world_size != world_size:
-        launch = claim_launch(population, plan_launch(files, world_size))
+        launch = claim_launch(population, plan_launch(files, world_size, launch))
     own = [file for file in reversed(files) if file.rank == rank]
     first = own
     went_on = any(file.path.name not in launch.known for file in own)
@@ -146,9 +146,14 @@ def resume_sources(run_dir: Path, rank: int, world_size: int) -> list[Source]:
     return [Source(file, moves=file.rank == rank or file.rank >= world_size) for file in (first or []) + others]
 
 
-def plan_launch(files: list[CheckpointFile], world_size: int) -> Launch:
-    """Who goes on from what when `world_size` ranks take over a run with these checkpoints."""
+def plan_launch(files: list[CheckpointFile], world_size: int, before: Launch | None) -> Launch:
+    """Who goes on from what when `world_size` ranks take over a run with these checkpoints from the launch `before`."""
     newest = {file.rank: file for file in files}  # files come oldest first
+    if before is not None:  # whom that launch dropped is behind: the others have trained since
+        part = {
+            rank: file for rank, file in newest.items() if rank < before.world_size or _awaited(file, before, files)
+        }
+        newest = part or newest
     ranking = best_first(list(newest.values()))
     staying = ranking[:world_size]
     heirs = [file for file in staying if file.rank >= world_size]
@@ -156,6 +161,12 @@ def plan_launch(files: list[CheckpointFile], world_size: int) -> Launch:
     for rank in sorted(set(range(world_size)) - {file.rank for file in staying}):
         sources[rank] = (heirs.pop(0) if heirs else ranking[0]).path.name
     return Launch(world_size, sources, tuple(file.path.name for file in files))
+
+
+def _awaited(file: CheckpointFile, launch: Launch, files: list[CheckpointFile]) -> bool:
+    """Whether a rank of `launch` was to go on from `file` and has not saved since."""
+    heirs = {rank for rank, name in launch.sources.items() if name == file.path.name}
+    return bool(heirs - {other.rank for other in files if other.path.name not in launch.known})
 
 
 def _launches(population: Path) -> list[int]:

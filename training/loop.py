@@ -27,6 +27,7 @@ from runtime.scribe import Hand
 from runtime.signals import SignalFlags
 from training.checkpoint_writer import CheckpointWriter
 from training.computation import choose_dtype, flops_per_byte, peak_flops, precision, training_pass
+from training.contention import Contention
 from training.data import LaneReader, Region, validation_chunks
 from training.fitness import Fitness
 from training.heredity import Heredity
@@ -107,6 +108,7 @@ class Trainer:
         self._flops_per_byte = flops_per_byte(parts.model)
         self._dtype = choose_dtype(parts.options.compute.dtype, parts.device)
         self._peak_flops = peak_flops(parts.device, self._dtype)
+        self._contention = Contention(parts.device)
 
     def initial_state(self) -> MinLMState:
         """Of all lanes: each at the start of a document."""
@@ -190,6 +192,7 @@ class Trainer:
         if totals.step >= last_step:
             self.line(f"nothing to do: --train_steps {last_step} is reached")
         self._meet_population()  # so that the others know where it stands before its first step is done
+        self._contention.begin()
         before, cpu_before = time.monotonic(), time.thread_time()
         logged_time, logged_bytes = before, totals.bytes_seen
         while totals.step < last_step and before < deadline and not signals.stop:
@@ -299,6 +302,8 @@ class Trainer:
         }  # fmt: skip
         self.parts.hand(functools.partial(self._append, row, self.parts.fitness.value))
         self.parts.log.line(report_line(row) + self._mfu())
+        if (complaint := self._contention.complaint()) is not None:
+            self.line(complaint)
         self.val_loss = None
 
     def _append(self, row: dict[str, Any], fitness: float | None) -> None:

@@ -95,7 +95,8 @@ def test_watch_counts_no_rank_that_a_launch_of_fewer_has_left_behind(run, capsys
     run.beat()
     run.leave(2)
     for size, shown in ((3, 3), (2, 2), (1, 2)):  # rank 1 lives, whatever is written
-        (run.path / "config.json").write_text(json.dumps({"world_size": size}))
+        options = {"population": {"gossip_heartbeat": 0.01}}
+        (run.path / "config.json").write_text(json.dumps({"world_size": size, "options": options}))
         watch.main([str(run.path), "--once"])
         assert len(cells(capsys.readouterr().out)) == shown
 

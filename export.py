@@ -22,7 +22,7 @@ from runtime.errors import UserError
 from runtime.stdout import writing_to_stdout
 from training.checkpoint import build_model
 from training.exported import Model, read_model, refuse_existing, write_model
-from training.options import parse_delimiter
+from training.option_values import parse_delimiter
 from training.scoring import score
 from training.soup import average
 

@@ -28,7 +28,7 @@ from runtime.devices import check_triton, choose_device
 from runtime.errors import UserError
 from runtime.stdout import writing_to_stdout
 from training.checkpoint import load_for_use
-from training.options import parse_delimiter
+from training.option_values import parse_delimiter
 from training.scoring import CHUNK, advance, score
 
 SAMPLE_SEPARATOR = b"\x1e"

@@ -273,7 +273,7 @@ def test_generate_refuses_bad_input(run_dir, arguments, message, monkeypatch, ca
 
 def test_generate_says_what_is_wrong_with_the_scan_and_not_with_the_file_that_it_scores(run_dir, monkeypatch):
     monkeypatch.setenv("GRUBOROS_SCAN", "bogus")
-    with pytest.raises(generate.UserError, match="GRUBOROS_SCAN"):
+    with pytest.raises(generate.UserError, match=r"^expected GRUBOROS_SCAN"):
         main("--model", run_dir, "--score", __file__)
 
 

@@ -22,6 +22,7 @@ from tests.test_resume import QUIET, metrics_rows, newest
 from training import optimizer, start
 from training.checkpoint import list_checkpoints
 from training.data import validation_chunks
+from training.fitness import Fitness
 from training.loop import Trainer
 from training.metrics import RunLog
 from training.recovery import Recovery, TrainingDiverged
@@ -431,3 +432,18 @@ def test_the_last_sign_of_life_and_the_last_checkpoint_speak_of_the_last_weights
     entry = json.loads((tmp_path / "run" / "population" / "rank_0000.json").read_text())
     assert entry["step"] == 7 and entry["fitness"] == trainer.parts.fitness.value is not None
     assert newest(tmp_path / "run")["loss"] == entry["fitness"]
+
+
+def test_a_last_measurement_that_fails_costs_no_last_save(run_train, monkeypatch, tmp_path):
+    measure, steps = Fitness.measure_if_due, []
+
+    def failing(self, step):
+        steps.append(step)
+        if steps.count(7) == 2:
+            raise MemoryError("none left")
+        measure(self, step)
+
+    monkeypatch.setattr(Fitness, "measure_if_due", failing)
+    with pytest.raises(AssertionError):  # its status is 1
+        run_train("run", "--train_steps", "7", *QUIET)
+    assert newest(tmp_path / "run")["step"] == 7

@@ -4,7 +4,8 @@ import pytest
 
 from runtime.arguments import parse_size
 from runtime.errors import UserError
-from training.options import Options, parse_arguments, parse_delimiter, resolve_options
+from training.option_values import parse_delimiter
+from training.options import Options, parse_arguments, resolve_options
 
 
 @pytest.mark.parametrize(

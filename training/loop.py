@@ -175,9 +175,6 @@ class Trainer:
 
     def _end(self, _kind: type | None, error: BaseException | None, _traceback: TracebackType | None) -> None:
         if isinstance(error, Exception | None):
-            if error is None:  # so that what the others, and its checkpoint's name, say of it is of its last weights
-                self.parts.fitness.measure_if_due(self.totals.step)
-                self.parts.node.publish(*self._news())
             self.parts.node.close()  # no step boundary follows: whoever called would wait for one, as long as the save
         if error is None:
             self.saving.last("stopped by a signal" if self.parts.signals.stop else "end of the budget")
@@ -216,6 +213,9 @@ class Trainer:
             before, cpu_before = now, cpu_now
             if progress:
                 progress.update(totals.step, self.parts.fitness.tracker.ema, self.bytes_per_s, self.mixes())
+        # What the others are told at the end, and the last checkpoint's name, are of the last weights.
+        self.parts.fitness.measure_if_due(totals.step)
+        self.parts.node.publish(*self._news())
 
     def _meet_population(self) -> None:
         node = self.parts.node

@@ -7,7 +7,6 @@ over by --resume). One that is derived from others when a run begins, and then s
 
 import argparse
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,85 +18,23 @@ from gossip.protocol import MERGE_METHODS
 from gossip.wire_format import WIRE_DTYPES
 from runtime.arguments import ArgumentParser, as_argument, normalise_flags, parse_size
 from runtime.errors import UserError
+from training.option_values import (
+    FRACTION,
+    LANES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SECONDS,
+    parse_chunk,
+    parse_delimiter,
+    parse_steps,
+    parse_tolerance,
+    parse_val_bytes,
+    real,
+    whole,
+)
 
 DEFAULT_DELIMITER = 0x1E  # the byte that ends a document
 PAYLOADS = ("weights", "full")
-
-
-def parse_delimiter(text: str) -> int | None:
-    """A byte as two hexadecimal digits ("1e", "0x1e"), or "none" for one unbroken document. Raises UserError."""
-    if text.lower() == "none":
-        return None
-    try:
-        value = int(text, 16)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 255:
-        raise UserError(f"expected a byte in hexadecimal such as 1e, or none, got {text!r}: write it so")
-    return value
-
-
-def _chunk(text: str) -> int:
-    size = parse_size(text)
-    if size > 2**31:
-        raise UserError(f"expected at most 2g, got {text}: lower it")
-    return size
-
-
-def _val_bytes(text: str) -> int:
-    size = parse_size(text)
-    if size < 2:
-        raise UserError(f"expected at least 2 bytes, an input and its target, got {text}: raise it")
-    return size
-
-
-def _whole(minimum: int, maximum: int = 2**53) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise UserError(f"expected a whole number, got {text!r}: write it so") from None
-        if value < minimum:
-            raise UserError(f"expected a whole number of at least {minimum}, got {value}: raise it")
-        if value > maximum:
-            raise UserError(f"expected a whole number of at most {maximum}, got {value}: lower it")
-        return value
-
-    return parse
-
-
-def _real(minimum: float, maximum: float = math.inf, *, above: bool = False, below: bool = False) -> Callable:
-    """A parser of numbers in [minimum, maximum]; `above` and `below` leave the ends out."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise UserError(f"expected a number, got {text!r}: write it so") from None
-        inside = (value > minimum if above else value >= minimum) and (value < maximum if below else value <= maximum)
-        if not inside or not math.isfinite(value):
-            interval = f"in {'(' if above else '['}{minimum:g}, {maximum:g}{')' if below else ']'}"
-            if math.isinf(maximum):
-                interval = f"{'above' if above else 'of at least'} {minimum:g}, and finite"
-            raise UserError(f"expected a number {interval}, got {text}: choose another")
-        return value
-
-    return parse
-
-
-_FRACTION = _real(0, 1)
-_POSITIVE = _real(0, above=True)
-_NOT_NEGATIVE = _real(0)
-_SECONDS = _real(0, 1e6, above=True)
-_LANES = _whole(1, 2**20)
-
-
-def _tolerance(text: str) -> float | None:
-    return None if text.lower() == "none" else _NOT_NEGATIVE(text)
-
-
-def _steps(text: str) -> int | None:
-    return None if text.lower() == "none" else parse_size(text)
 
 
 def _option(default: Any, help: str, parse: Callable[[str], Any] = str, *, fixed: bool = False, **more: Any) -> Any:
@@ -119,16 +56,16 @@ class DataOptions:
     val_fraction: float = _option(
         0.05, "share of --data, at its end, held out for validation and the probe when there is no --val_data; less, "
         "down to half of it, where a document's end is near",
-        _real(0, 1, below=True), fixed=True,
+        real(0, 1, below=True), fixed=True,
     )  # fmt: skip
     val_bytes: int = _option(64 * 1024, "most bytes that one validation reads, from the start of the held-out data",
-                             _val_bytes)  # fmt: skip
-    chunk_size: int = _option(256, "bytes of a lane that one forward and backward pass sees", _chunk)
-    batch_size: int = _option(8, "lanes: places of the data that are read in parallel", _LANES)
+                             parse_val_bytes)  # fmt: skip
+    chunk_size: int = _option(256, "bytes of a lane that one forward and backward pass sees", parse_chunk)
+    batch_size: int = _option(8, "lanes: places of the data that are read in parallel", LANES)
     lane_groups: int = _option(16, "number of groups of --batch_size lanes each, which take turns, a chunk each: "
                                "neighbouring steps then see other text, and the weights do not follow what is read at "
                                "the moment",
-                               _LANES)  # fmt: skip
+                               LANES)  # fmt: skip
     document_delimiter: int | None = _option(
         DEFAULT_DELIMITER, "byte that ends a document, in hexadecimal, or none", parse_delimiter, fixed=True, show="1e"
     )
@@ -141,32 +78,32 @@ class ModelOptions:
     params: int | None = _option(None, "parameters to build, within 1 %% (15m, 350m, 1g, 7g); 15m if no --dim and "
                                  "--depth are given", parse_size, fixed=True)  # fmt: skip
     dim: int | None = _option(None, "width of the model", parse_size, fixed=True)
-    depth: int | None = _option(None, "number of layers", _whole(1), fixed=True)
-    expansion_factor: float = _option(1.5, "width of the recurrence over --dim", _POSITIVE, fixed=True)
-    ff_mult: float = _option(4.0, "width of the feed-forward over --dim; 0: no feed-forward", _NOT_NEGATIVE, fixed=True)
+    depth: int | None = _option(None, "number of layers", whole(1), fixed=True)
+    expansion_factor: float = _option(1.5, "width of the recurrence over --dim", POSITIVE, fixed=True)
+    ff_mult: float = _option(4.0, "width of the feed-forward over --dim; 0: no feed-forward", NOT_NEGATIVE, fixed=True)
     enable_conv: bool = _option(True, "a causal depthwise convolution of 4 taps before each recurrence", fixed=True)
     dropout: float = _option(0.0, "chance that a layer's output element is dropped in training",
-                             _real(0, 1, below=True), fixed=True)  # fmt: skip
+                             real(0, 1, below=True), fixed=True)  # fmt: skip
 
 
 @dataclass
 class OptimizerOptions:
     """optimisation"""
 
-    lr: float = _option(3e-3, "learning rate", _POSITIVE)
-    weight_decay: float = _option(0.01, "decoupled weight decay of the matrices", _NOT_NEGATIVE)
-    warmup_steps: int = _option(100, "steps of linear warm-up", _whole(0))
-    grad_accum: int = _option(1, "chunks whose gradients make one optimizer step", _whole(1))
-    grad_clip: float = _option(1.0, "largest gradient norm; 0: no clipping", _NOT_NEGATIVE)
+    lr: float = _option(3e-3, "learning rate", POSITIVE)
+    weight_decay: float = _option(0.01, "decoupled weight decay of the matrices", NOT_NEGATIVE)
+    warmup_steps: int = _option(100, "steps of linear warm-up", whole(0))
+    grad_accum: int = _option(1, "chunks whose gradients make one optimizer step", whole(1))
+    grad_clip: float = _option(1.0, "largest gradient norm; 0: no clipping", NOT_NEGATIVE)
     sf_beta: float = _option(0.9, "schedule-free interpolation (AdamW: first moment's decay)",
-                             _real(0, 1, above=True, below=True), fixed=True)  # fmt: skip
-    sf_beta2: float = _option(0.99, "second moment's decay", _real(0, 1, above=True, below=True), fixed=True)
+                             real(0, 1, above=True, below=True), fixed=True)  # fmt: skip
+    sf_beta2: float = _option(0.99, "second moment's decay", real(0, 1, above=True, below=True), fixed=True)
     schedulefree: bool = _option(
         True,
         "schedule-free AdamW; --no_schedulefree: plain AdamW, whose rate stays as it is after the warm-up",
         fixed=True,
     )
-    seed: int = _option(42, "seed of the initial weights (shared by all ranks) and of the data order", _whole(0, 2**53),
+    seed: int = _option(42, "seed of the initial weights (shared by all ranks) and of the data order", whole(0, 2**53),
                         fixed=True)  # fmt: skip
 
 
@@ -186,19 +123,21 @@ class ComputeOptions:
 class RunOptions:
     """run"""
 
-    train_steps: int | None = _option(None, "optimizer steps in all, or none: until stopped (default: none)", _steps)
-    max_minutes: float | None = _option(None, "minutes that this launch trains (default: until stopped)", _POSITIVE,
+    train_steps: int | None = _option(
+        None, "optimizer steps in all, or none: until stopped (default: none)", parse_steps
+    )
+    max_minutes: float | None = _option(None, "minutes that this launch trains (default: until stopped)", POSITIVE,
                                         of_launch=True)  # fmt: skip
     output: str | None = _option(None, "run directory to create (default, one rank only: runs/<date>_<time>)")
     resume: str | None = _option(None, "run directory to go on with, in place")
     init_from: str | None = _option(None, "checkpoint whose averaged weights a new run starts from")
     save_every: int = _option(500, "mean steps between a rank's checkpoints, over the population", parse_size)
-    keep_checkpoints: int = _option(2, "newest checkpoints kept of each rank", _whole(1))
-    keep_elite: int = _option(5, "best checkpoints kept of the population", _whole(0))
+    keep_checkpoints: int = _option(2, "newest checkpoints kept of each rank", whole(1))
+    keep_elite: int = _option(5, "best checkpoints kept of the population", whole(0))
     archive_rate: float = _option(0.0, "share of the checkpoints about to go that is kept as archive_001.pt ...",
-                                  _FRACTION)  # fmt: skip
-    val_every: int = _option(500, "steps between validations; 0: never", _whole(0))
-    log_every: int = _option(10, "steps between lines of the log and of the metrics", _whole(1))
+                                  FRACTION)  # fmt: skip
+    val_every: int = _option(500, "steps between validations; 0: never", whole(0))
+    log_every: int = _option(10, "steps between lines of the log and of the metrics", whole(1))
     cuda: bool = _option(False, "train on an NVIDIA GPU")
     rocm: bool = _option(False, "train on an AMD GPU")
     cpu: bool = _option(False, "train on the CPU")
@@ -209,13 +148,13 @@ class PopulationOptions:
     """population"""
 
     gossip_mixing_rate: float = _option(
-        GossipConfig.mixing_rate, "chance a step that this rank calls a random peer", _FRACTION
+        GossipConfig.mixing_rate, "chance a step that this rank calls a random peer", FRACTION
     )
     gossip_merge_method: str = _option(Policy.method, "clonal: the loser takes the winner's weights; recombination: "
                                        "it moves towards them; average: both take the mean",
                                        choices=MERGE_METHODS)  # fmt: skip
     gossip_recombination_alpha: float = _option(
-        GossipConfig.recombination_alpha, "how far a loser moves towards the winner, 0 ... 1", _FRACTION
+        GossipConfig.recombination_alpha, "how far a loser moves towards the winner, 0 ... 1", FRACTION
     )
     gossip_optimizer_recombination: str = _option(
         "interpolate", "after a merge, second moments that came along are interpolated, or the optimizer starts afresh",
@@ -230,15 +169,15 @@ class PopulationOptions:
         Policy.tie, "where the probe shows no clear winner both take the mean, or nothing moves", choices=TIES
     )
     gossip_significance: float = _option(
-        Policy.significance, "chance that a winner by the probe is none; 0: nobody ever wins", _FRACTION
+        Policy.significance, "chance that a winner by the probe is none; 0: nobody ever wins", FRACTION
     )
     gossip_least_effect: float = _option(
-        Policy.least_effect, "nats per byte by which a winner must be ahead on the probe", _NOT_NEGATIVE
+        Policy.least_effect, "nats per byte by which a winner must be ahead on the probe", NOT_NEGATIVE
     )
     probe_every: int = _option(50, "steps between measurements of the probe, at most; fewer at a rank's beginning",
-                               _whole(1))  # fmt: skip
+                               whole(1))  # fmt: skip
     probe_budget: float = _option(0.02, "share of training's work for the probe, from which its size follows when a "
-                                  "run begins (at least 8 windows of 256 bytes)", _FRACTION, fixed=True)  # fmt: skip
+                                  "run begins (at least 8 windows of 256 bytes)", FRACTION, fixed=True)  # fmt: skip
     probe_windows: int | None = _option(None, "windows of the probe, of 256 bytes", derived=True)
     gossip_payload: str = _option("weights", "send weights alone, or with the optimizer's second moments",
                                   choices=PAYLOADS)  # fmt: skip
@@ -250,30 +189,26 @@ class PopulationOptions:
                                 "own, and who takes a winner's weights inherits them, mutated", many=True,
                                 fixed=True)  # fmt: skip
     evolve_spread: float = _option(2.83, "factor by which a first value is at most above or below the given one",
-                                   _real(1), fixed=True)  # fmt: skip
+                                   real(1), fixed=True)  # fmt: skip
     mutation_scale: float = _option(0.2, "standard deviation of the logarithm of an inherited value's change",
-                                    _NOT_NEGATIVE)  # fmt: skip
+                                    NOT_NEGATIVE)  # fmt: skip
     gossip_rollback: float | None = _option(
         GossipConfig.rollback_tolerance, "undo a merge that raises this rank's loss, of its averaged weights or of "
-        "those it trains, by more nats per byte; none: never", _tolerance,
+        "those it trains, by more nats per byte; none: never", parse_tolerance,
     )  # fmt: skip
     gossip_fitness_decay: float = _option(
         0.95, "decay a step of the training loss's moving average, with --gossip_fitness ema the fitness",
-        _real(0, 1, below=True),
+        real(0, 1, below=True),
     )  # fmt: skip
     gossip_host: str | None = _option(None, "address, host name or interface to listen on (default: loopback if all "
                                       "ranks are on this host, else the default route's)")  # fmt: skip
-    gossip_port: int = _option(0, "TCP port to listen on, plus the local rank; 0: any free one", _whole(0))
+    gossip_port: int = _option(0, "TCP port to listen on, plus the local rank; 0: any free one", whole(0))
     gossip_peers: list[str] = _option([], "host:port,... to call where there is no shared filesystem", many=True)
-    gossip_heartbeat: float = _option(
-        GossipConfig.heartbeat_seconds, "seconds between a rank's signs of life", _SECONDS
-    )
+    gossip_heartbeat: float = _option(GossipConfig.heartbeat_seconds, "seconds between a rank's signs of life", SECONDS)
     gossip_liveness: float = _option(
-        GossipConfig.liveness_seconds, "seconds without a sign of life after which a rank counts as dead", _SECONDS
+        GossipConfig.liveness_seconds, "seconds without a sign of life after which a rank counts as dead", SECONDS
     )
-    gossip_timeout: float = _option(
-        GossipConfig.exchange_seconds, "seconds that one exchange may take in all", _SECONDS
-    )
+    gossip_timeout: float = _option(GossipConfig.exchange_seconds, "seconds that one exchange may take in all", SECONDS)
     filesystem_coordinator: bool = _option(
         True, "find peers, rank them and keep elites through the run directory; --no_filesystem_coordinator: "
         "only --gossip_peers",
@@ -281,10 +216,10 @@ class PopulationOptions:
     fitness_weighted_checkpointing: bool = _option(True, "better ranks save more often, at random steps; "
                                                    "--no_...: every --save_every steps")  # fmt: skip
     elite_checkpoint_multiplier: float = _option(4.0, "how much likelier the best rank saves than the last",
-                                                 _real(1))  # fmt: skip
+                                                 real(1))  # fmt: skip
     rejuvenation_probability: float = _option(0.0, "chance a step that one of the worst ranks merges an elite",
-                                              _FRACTION)  # fmt: skip
-    rejuvenation_threshold: float = _option(0.25, "share of the ranking, from its end, that counts as worst", _FRACTION)
+                                              FRACTION)  # fmt: skip
+    rejuvenation_threshold: float = _option(0.25, "share of the ranking, from its end, that counts as worst", FRACTION)
 
 
 @dataclass
@@ -333,7 +268,7 @@ def _add_flag(group: argparse._ArgumentGroup, option: dataclasses.Field) -> None
             f"--{name}", nargs="+", action="extend", type=meta["parse"], metavar="X", help=meta["help"]
         )  # fmt: skip
     else:
-        metavar = {str: "X", parse_size: "SIZE", _chunk: "SIZE", _val_bytes: "SIZE", _steps: "SIZE"}.get(
+        metavar = {str: "X", parse_size: "SIZE", parse_chunk: "SIZE", parse_val_bytes: "SIZE", parse_steps: "SIZE"}.get(
             meta["parse"], "N"
         )
         group.add_argument(

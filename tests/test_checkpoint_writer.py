@@ -6,6 +6,7 @@ import os
 import pkgutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -20,9 +21,11 @@ import runtime.files
 from gossip.network_utils import parse_peer
 from gossip.state import Schema
 from mingru.minLM import MinLM, ModelConfig
+from runtime.signals import AGAIN_SECONDS
 from tests.conftest import TINY
 from tests.test_loop import trainers  # noqa: F401 (a fixture)
 from tests.test_resume import QUIET, newest
+from training import saving
 from training.checkpoint import list_checkpoints, read_own_checkpoint
 from training.checkpoint_writer import NOT_FINITE, CheckpointWriter, Moment
 from training.loop import Trainer
@@ -220,11 +223,11 @@ def hang_at_the_first_save(monkeypatch, disk: Disk, free_at_step: int) -> list[T
     """The first save's sync hangs until training has come to `free_at_step`; returns a list for the trainer."""
     seen, begin, step = [], Saving.begin, Trainer.train_step
 
-    def hanging(self, why="") -> None:
+    def hanging(self, *arguments) -> None:
         if not seen:
             seen.append(self._trainer)
             disk.hang()
-        begin(self, why)
+        begin(self, *arguments)
 
     def freeing(self) -> bool:
         if self.totals.step == free_at_step:
@@ -266,6 +269,22 @@ def test_a_checkpoints_name_and_content_tell_the_loss_of_its_moment(run_train, m
     first = list_checkpoints(run_dir)[0]
     assert first.step == 4 and first.loss == pytest.approx(fitness[4], abs=5e-5)
     assert read_own_checkpoint(first.path)["loss"] == fitness[4] != fitness[12]
+
+
+def test_a_checkpoints_name_tells_the_probes_loss_of_its_very_weights(run_train, monkeypatch):
+    """Not of those that were measured last: a run that breaks down between two measurements would name its wreck after
+    its best weights, and best.pt would be that."""
+    told, capture = {}, saving.capture
+
+    def watched(trainer: Trainer) -> dict:
+        told[trainer.totals.step] = statistics.fmean(trainer.parts.fitness.probe.measure()[1].losses)
+        return capture(trainer)
+
+    monkeypatch.setattr(saving, "capture", watched)
+    run_dir = run_train("run", "--train_steps", "14", *EVERY_4[:-2])
+    files = list_checkpoints(run_dir)
+    assert [file.step for file in files] == [4, 8, 12, 14]
+    assert [file.loss for file in files] == pytest.approx([told[file.step] for file in files], abs=5e-5)
 
 
 def test_while_the_last_save_is_written_nobody_is_kept_waiting_by_a_rank_that_has_left(run_train, monkeypatch, disk):
@@ -356,6 +375,7 @@ def test_two_stop_signals_leave_at_once_though_the_disk_hangs_and_the_rest_is_cl
             time.sleep(0.02)  # polls for what the rank writes
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == b"syncing\n"
+        time.sleep(AGAIN_SECONDS)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 128 + signal.SIGTERM
     finally:

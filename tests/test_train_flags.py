@@ -170,9 +170,9 @@ def test_save_every_with_weighting_is_a_mean_distance(run_train):
 
 
 def test_val_every_and_log_every_set_the_rows(run_train):
-    flags = ["--train_steps", "12", "--log_every", "3", "--val_every", "6", "--save_every", "99"]
+    flags = ["--train_steps", "14", "--log_every", "4", "--val_every", "6", "--save_every", "99"]
     rows = metrics_rows(run_train("run", *flags))
-    assert [row["step"] for row in rows] == ["3", "6", "9", "12"]
+    assert [row["step"] for row in rows] == ["4", "6", "8", "12"]
     assert [row["val_loss"] != "NA" for row in rows] == [False, True, False, True]
 
 

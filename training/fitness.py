@@ -53,6 +53,11 @@ class Fitness:
         return None if self.evidence is None else statistics.fmean(self.evidence.losses)
 
     @property
+    def value_now(self) -> float | None:
+        """The fitness, unless it was measured at an earlier step."""
+        return self.value if self.kind == "ema" or self._is_of_now else None
+
+    @property
     def best(self) -> float | None:
         """The lowest fitness known by this measure."""
         return self.tracker.best if self.kind == "ema" else self._best
@@ -75,7 +80,12 @@ class Fitness:
         weights or it has grown old."""
         self._step = step
         oldest = min(self._every, max(1, int(step * OLDEST_SHARE)))
-        if self.kind == "probe" and (self._evidence is None or step - self._measured_at >= oldest):
+        if self._evidence is None or step - self._measured_at >= oldest:
+            self.measure()
+
+    def measure(self) -> None:
+        """Now: what is said of the weights from here on is of this very step."""
+        if self.kind == "probe" and not self._is_of_now:
             self.judge()
             self._take_evidence()
 
@@ -85,6 +95,10 @@ class Fitness:
         self._evidence = self._known = None
         if judged and self.kind == "probe":
             self._take_evidence()
+
+    @property
+    def _is_of_now(self) -> bool:
+        return self._evidence is not None and self._measured_at == self._step
 
     def _take_evidence(self) -> None:
         """What judge() saw are the live weights."""

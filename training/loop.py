@@ -181,7 +181,7 @@ class Trainer:
         elif isinstance(error, TrainingDiverged | RankReplaced):
             self.saving.finish()
         elif isinstance(error, Exception):  # not what leaves at once, as an interrupt does
-            self.saving.last("ended by an error")
+            self.saving.last("ended by an error", measured=False)
 
     def _train(self, deadline: float, progress: Progress | None) -> None:
         options, signals, totals = self.options.run, self.parts.signals, self.totals
@@ -196,9 +196,10 @@ class Trainer:
             if self.train_step():
                 self._recovery.good_step()
                 self._meet_population()
-                if options.val_every and totals.step % options.val_every == 0 and self.parts.held_out is not None:
+                validated = options.val_every and totals.step % options.val_every == 0
+                if validated and self.parts.held_out is not None:
                     self.val_loss = self.validate()
-                if totals.step % options.log_every == 0:
+                if self.val_loss is not None or totals.step % options.log_every == 0:
                     now = time.monotonic()
                     self.bytes_per_s = (totals.bytes_seen - logged_bytes) / (now - logged_time)
                     logged_time, logged_bytes = now, totals.bytes_seen
@@ -213,8 +214,7 @@ class Trainer:
             before, cpu_before = now, cpu_now
             if progress:
                 progress.update(totals.step, self.parts.fitness.tracker.ema, self.bytes_per_s, self.mixes())
-        # What the others are told at the end, and the last checkpoint's name, are of the last weights.
-        self.parts.fitness.measure_if_due(totals.step)
+        self.parts.fitness.measure()  # what the others are told at the end is of the last weights
         self.parts.node.publish(*self._news())
 
     def _meet_population(self) -> None:

@@ -46,14 +46,17 @@ class Saving:
         elif self._due and parts.fitness.value is not None:
             self.begin()
 
-    def begin(self, why: str = "") -> None:
-        """Begin a checkpoint of this moment; how it ends is seen at a later step boundary, or by finish()."""
-        trainer = self._trainer
+    def begin(self, why: str = "", measured: bool = True) -> None:
+        """Begin a checkpoint of this moment; how it ends is seen at a later step boundary, or by finish(). measured:
+        its name is to tell the fitness of these very weights, else none unless that is known."""
+        trainer, fitness = self._trainer, self._trainer.parts.fitness
         self._due = False
         try:
             with as_memory_error():
+                if measured:
+                    fitness.measure()
                 state = capture(trainer)
-            trainer.parts.writer.begin(Moment(trainer.totals.step, trainer.parts.fitness.value, why, state))
+            trainer.parts.writer.begin(Moment(trainer.totals.step, fitness.value_now, why, state))
         except MemoryError:
             self._fail(NO_MEMORY)
 
@@ -61,13 +64,13 @@ class Saving:
         """Wait for the save that is under way, if one is."""
         self._report(self._trainer.parts.writer.wait())
 
-    def last(self, why: str) -> None:
-        """Save the newest step, unless it is saved already, and wait for it."""
+    def last(self, why: str, measured: bool = True) -> None:
+        """Save the newest step, unless it is saved already, and wait for it. See begin()."""
         self.finish()
         if self._trainer.totals.step == self.step:
             self._trainer.line(f"{why}, and saved already")
         else:
-            self.begin(why)
+            self.begin(why, measured)
             self.finish()
 
     @property

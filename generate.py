@@ -8,6 +8,7 @@ import runtime.packages  # noqa: F401  # isort: skip
 
 import argparse
 import contextlib
+import math
 import os
 import secrets
 import sys
@@ -144,9 +145,7 @@ def prefill(model: MinLM, prompt: bytes, delimiter: int | None) -> tuple[Tensor,
     state = None
     for ids_1C in ids_1T.split(CHUNK, dim=1):
         logits_1CV, state = advance(model, ids_1C, state, delimiter)
-    if not logits_1CV[:, -1].isfinite().all():
-        raise UserError("expected finite logits, got others: the model's weights are broken, or need a wider --dtype")
-    return logits_1CV[:, -1], state
+    return on_host(logits_1CV[:, -1]), state
 
 
 @torch.inference_mode()
@@ -159,16 +158,25 @@ def decode(
     generator: torch.Generator,
     delimiter: int | None,
 ) -> Iterator[bytes]:
-    """Yield `length` times the next byte of every lane; memory does not grow. generator: a CPU one."""
+    """Yield `length` times the next byte of every lane; memory does not grow. generator: a CPU one. Raises UserError
+    where the logits are not finite."""
     decoder = choose_decoder(model, len(logits_BV))
     for left in range(length - 1, -1, -1):
-        ids_B = sample(logits_BV.float().cpu(), options, generator)
+        ids_B = sample(on_host(logits_BV), options, generator)
         yield bytes(ids_B.tolist())
         if left and decoder:
             logits_BV, state = decoder.step(ids_B, state, None if delimiter is None else ids_B == delimiter)
         elif left:
             logits_B1V, state = advance(model, ids_B.unsqueeze(1), state, delimiter)
             logits_BV = logits_B1V[:, 0]
+
+
+def on_host(logits_BV: Tensor) -> Tensor:
+    """In float32 and host memory. Raises UserError where they are not finite."""
+    logits_BV = logits_BV.float().cpu()
+    if not math.isfinite(logits_BV.sum().item()):
+        raise UserError("expected finite logits, got others: the model's weights are broken, or need a wider --dtype")
+    return logits_BV
 
 
 def choose_decoder(model: MinLM, lanes: int) -> Decoder | GraphDecoder | None:

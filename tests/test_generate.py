@@ -291,6 +291,14 @@ def test_generate_refuses_broken_weights(tmp_path):
     path = save_checkpoint(tmp_path, 0, 1, 1.0, CONFIG, model.state_dict(), {})
     with pytest.raises(generate.UserError, match="finite logits"):
         main("--model", path, "--prompt", "x")
+    (tmp_path / "text").write_text("some text")
+    with pytest.raises(generate.UserError, match="finite losses, got nan in the first 9 bytes"):
+        main("--model", path, "--score", tmp_path / "text")
+    # What breaks only after the prompt, as a narrow --dtype may.
+    state, greedy = model.initial_state(1), SamplingOptions(temperature=0)
+    continuation = generate.decode(model, torch.zeros(1, 256), state, 9, greedy, torch.Generator(), None)
+    with torch.inference_mode(), pytest.raises(generate.UserError, match="finite logits"):
+        list(continuation)
 
 
 def test_generate_needs_a_prompt_from_a_terminal(run_dir):

@@ -89,7 +89,7 @@ DEFINE(bf16)
 
 /* Channels of a block, such that `threads` threads have about equal work. */
 int64_t scan_block(int64_t B, int64_t E, int64_t threads) {
-    int64_t blocks = (threads + B - 1) / B;
+    int64_t blocks = B ? (threads + B - 1) / B : 1;
     int64_t block = (E + blocks - 1) / blocks;
     block = (block + LEAST_BLOCK - 1) / LEAST_BLOCK * LEAST_BLOCK;
     return block > BLOCK ? BLOCK : block;

@@ -70,6 +70,11 @@ def test_scan_equals_float64_reference(backend, shape, gates, prev, resets):
     assert_close(run(scan, *inputs), expected)
 
 
+def test_scan_of_no_lanes_is_empty(backend):
+    found = run(scan, *make_inputs((0, 5, 3)))
+    assert found["h"].shape == (0, 5, 3) and found["last"].shape == (0, 3) == found["grad_prev_hidden"].shape
+
+
 def test_scan_keeps_its_accuracy_over_16384_steps(backend):
     inputs = make_inputs((1, 16384, 16), resets=True)
     assert_close(run(scan, *inputs), run(scan_reference.scan, *inputs, dtype=torch.float64), tolerance=1e-6)

@@ -14,7 +14,7 @@
 void schedule_free_step(float *restrict y, float *restrict z, float *restrict v, const float *restrict d, int64_t count,
                         float beta2, float one_minus_beta2, float bias_correction2, float eps, float decay, float pull,
                         float y_rate, float z_rate) {
-#pragma omp parallel for simd schedule(static) if (count > 32768)
+#pragma omp parallel for simd schedule(static) if (parallel : count > 32768)
     for (int64_t i = 0; i < count; i++) {
         float second = beta2 * v[i] + one_minus_beta2 * d[i] * d[i];
         float update = d[i] / (sqrtf(second / bias_correction2) + eps) + decay * y[i];

@@ -40,7 +40,7 @@ def atomic_write(path: Path, content: bytes | str, durable: bool = True) -> None
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def write_once(path: Path, content: str) -> bool:
+def write_once(path: Path, content: bytes | str) -> bool:
     """Write `content` to `path`, whole and durably, unless something is there: False then. Raises OSError."""
     draft = temporary_name(path)
     atomic_write(draft, content)
@@ -50,6 +50,7 @@ def write_once(path: Path, content: str) -> bool:
         return False
     finally:
         draft.unlink()
+    sync_folder(path.parent)
     return True
 
 
@@ -62,8 +63,8 @@ def temporary_name(path: Path) -> Path:
 def stale_temporaries(folder: Path) -> list[Path]:
     """What dead processes of this host left half-written in `folder` itself, sorted: nobody will ever rename it.
 
-    A file of another host is never listed, nor one whose writer's process id is in use, be it by another process.
-    Raises OSError where the folder cannot be read.
+    A file of another host or container is never listed, nor one whose writer's process id is in use, be it by another
+    process. Raises OSError where the folder cannot be read.
     """
     return sorted(path for path in Path(folder).iterdir() if _is_stale(path.name))
 
@@ -87,8 +88,9 @@ def _is_alive(process_id: int) -> bool:
 
 
 def _host_word() -> str:
-    # Without dots, so that the host `b` never takes the files of the host `a.b` for its own.
-    return socket.gethostname().replace(".", "+")
+    # Without dots, so that the host `b` never takes the files of the host `a.b` for its own. Containers may share a
+    # host's name, but not its process ids.
+    return f"{socket.gethostname().replace('.', '+')}+{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def sync_folder(folder: Path) -> None:

@@ -71,7 +71,7 @@ def test_an_error_that_says_nothing_of_memory_stays_what_it_is():
 def system_calls(monkeypatch):
     """What a write asks of the system, in order, with the state of the file at that moment."""
     calls = []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace, link = os.fsync, os.replace, os.link
 
     def record_fsync(descriptor):
         state = os.fstat(descriptor)
@@ -84,6 +84,11 @@ def system_calls(monkeypatch):
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
+    def record_link(source, target):
+        calls.append(("link", Path(target).name))
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", record_link)
     return calls
 
 
@@ -189,6 +194,16 @@ def test_stale_temporaries_leave_those_of_other_hosts(half_written, monkeypatch,
 
 @pytest.mark.parametrize(
     "process_id, listed", [("1", False), (str(10**30), True), ("", False), ("x", False), ("-1", False)]
+def test_stale_temporaries_leave_those_of_other_containers(half_written):
+    within = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*within, "true"], capture_output=True).returncode != 0:
+        pytest.skip("no process namespaces on this machine")
+    code = "import sys; from runtime.files import stale_temporaries; print(len(stale_temporaries(sys.argv[1])))"
+    for where, count in ((within, 0), ([], 2)):
+        command = [*where, sys.executable, "-c", code, str(half_written)]
+        assert subprocess.check_output(command, cwd=ROOT, text=True) == f"{count}\n"
+
+
 )
 def test_stale_temporaries_tell_the_living_from_the_dead_by_their_number(tmp_path, process_id, listed):
     named = temporary_name(tmp_path / "state.pt").name.replace(f".{os.getpid()}.", f".{process_id}.")
@@ -416,6 +431,8 @@ def test_a_script_without_its_packages_says_so_in_one_line(script):
     assert done.stderr.count("\n") == 1
 
 
-def test_write_once_leaves_what_another_wrote_first(tmp_path):
-    assert write_once(tmp_path / "x", "first") and not write_once(tmp_path / "x", "second")
+def test_write_once_leaves_what_another_wrote_first(tmp_path, system_calls):
+    assert write_once(tmp_path / "x", "first")
+    assert system_calls[-2:] == [("link", "x"), ("sync folder",)]
+    assert not write_once(tmp_path / "x", "second")
     assert (tmp_path / "x").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -64,7 +64,10 @@ def load_or_warn(source: Path, user: str, cost: str) -> ctypes.CDLL | None:
 
 def cache_folder() -> Path:
     """The folder of compiled kernels, made with mode 0700. Raises OSError, also if others may write there."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gruboros"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gruboros"
+    except RuntimeError:  # a user that the system does not know, as in a container
+        raise FileNotFoundError("no home directory: set XDG_CACHE_HOME to a folder of your own") from None
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -92,6 +92,16 @@ def test_load_kernels_refuses_a_cache_that_others_may_write(cache, source):
         load_kernels(source)
 
 
+def test_load_kernels_without_a_home_asks_for_a_cache(source, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(NativeUnavailable, match="set XDG_CACHE_HOME"):
+        load_kernels(source)
+
+
 def test_kernels_share_torchs_openmp_runtime():
     assert scan_native.kernels() is not None
     assert len(native.openmp_runtimes()) == 1

@@ -12,9 +12,9 @@ CLOSE_SECONDS = 5.0  # for a beat that is going on, and the leave; a hung filesy
 class Heartbeat:
     """Calls coordinator.beat(record()) every `seconds` on a thread of its own, and leaves at the end.
 
-    leader_duty: called after a beat when leading; report: told of an OSError (a filesystem that is gone for a while),
-    after which the next beat tries again. Any other error ends the thread and is kept in `error`: RankReplaced, when
-    another process is this rank, or a mistake in here.
+    leader_duty: called after a beat when leading; report: told of an OSError (a filesystem that is gone for a while)
+    or of memory that is out, after which the next beat tries again. Any other error ends the thread and is kept in
+    `error`: RankReplaced, when another process is this rank, or a mistake in here.
     """
 
     def __init__(
@@ -66,5 +66,5 @@ class Heartbeat:
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except OSError as error:
-            self._report(str(error))
+        except (OSError, MemoryError) as error:
+            self._report(str(error) or "memory is out")

@@ -54,6 +54,18 @@ def test_heartbeat_reports_a_registry_that_is_gone_and_goes_on_when_it_is_back(t
         assert "No such file" in kept.reports[0]
 
 
+def test_heartbeat_outlives_memory_that_is_out(tmp_path):
+    failures = [MemoryError()]
+
+    def duty(roster):
+        if failures:
+            raise failures.pop()
+
+    with (kept := Kept(tmp_path, duty=duty)) as heartbeat:
+        until(lambda: kept.reports and heartbeat.roster.member(0).sequence > 2)
+    assert kept.reports == ["memory is out"] and heartbeat.error is None
+
+
 @pytest.mark.injects(Injection.RANK_TAKEN_TWICE)
 def test_the_older_of_two_processes_ends_without_a_word_in_the_registry(tmp_path, capfd):
     with Kept(tmp_path, "older") as older:

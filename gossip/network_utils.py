@@ -24,16 +24,24 @@ def choose_address(gossip_host: str | None, identity: Identity) -> str:
     """The numeric address that this rank listens on and is registered under.
 
     gossip_host: a numeric address, the name of a host, or the name of an interface such as hsn0. None: 127.0.0.1 if the
-    whole population is on this host, else the address of the default route. Raises UserError when there is none.
+    whole population is on this host, else the address of the default route. Raises UserError when there is none, and
+    for a loopback address where other hosts have ranks too.
     """
     if gossip_host is None:
         alone = identity.local_world_size == identity.world_size
         return "127.0.0.1" if alone else _default_route_address()
     if gossip_host in {name for _, name in socket.if_nameindex()}:
-        return _interface_address(gossip_host)
-    address = gossip_host if _is_numeric(gossip_host) else _resolve(gossip_host)
-    if ipaddress.ip_address(address).is_unspecified:
+        address = _interface_address(gossip_host)
+    else:
+        address = gossip_host if _is_numeric(gossip_host) else _resolve(gossip_host)
+    if _parsed(address).is_unspecified:
         raise UserError(f"expected one address to listen on, got {gossip_host}: name an address or an interface")
+    if _parsed(address).is_loopback and 0 < identity.local_world_size < identity.world_size:
+        raise UserError(
+            f"expected an address that other hosts reach, since {identity.local_world_size} of {identity.world_size} "
+            f"ranks are on this one, got {gossip_host}, which is {address}: give --gossip_host another address or an "
+            "interface"
+        )
     return address
 
 
@@ -145,9 +153,13 @@ def _is_numeric(host: str) -> bool:
 
 def _is_one_host(address: str) -> bool:
     # The kernel takes 0.0.0.0 for this host.
+    return not (_parsed(address).is_unspecified or _parsed(address).is_multicast)
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """A numeric address; an IPv4 one that is written as IPv6, as IPv4."""
     parsed = ipaddress.ip_address(address)
-    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-    return not (parsed.is_unspecified or parsed.is_multicast)
+    return getattr(parsed, "ipv4_mapped", None) or parsed
 
 
 def _family(address: str) -> socket.AddressFamily:

@@ -13,6 +13,7 @@ from runtime.ranks import Identity
 
 HERE = Identity(0, 0, 4, 4, "environment")
 SEVERAL_HOSTS = Identity(0, 0, 8, 4, "slurm")
+UNKNOWN_HOSTS = Identity(0, 0, 8, 0, "environment")
 
 
 def test_choose_address_stays_on_the_loopback_for_a_population_of_one_host():
@@ -43,7 +44,21 @@ def test_choose_address_without_a_route_asks_for_a_host(monkeypatch):
     ("host", "address"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("lo", "127.0.0.1"), ("localhost", "127.0.0.1")]
 )
 def test_choose_address_takes_addresses_names_and_interfaces(host, address):
-    assert choose_address(host, SEVERAL_HOSTS) == address
+    assert choose_address(host, HERE) == address
+    assert choose_address(host, UNKNOWN_HOSTS) == address
+    said = (
+        f"^expected an address that other hosts reach, .* 4 of 8 .*, got {host}, which is {address}: give --gossip_host"
+    )
+    with pytest.raises(UserError, match=said):
+        choose_address(host, SEVERAL_HOSTS)
+
+
+def test_choose_address_refuses_a_host_that_is_known_to_itself_alone(monkeypatch):
+    entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **more: [entry])
+    with pytest.raises(UserError, match=r"got node17, which is 127\.0\.1\.1"):
+        choose_address("node17", SEVERAL_HOSTS)
+    assert choose_address("10.0.0.1", SEVERAL_HOSTS) == "10.0.0.1"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "no.such.host.invalid", "a..b", "x" * 100])

@@ -26,7 +26,7 @@ class Job(World):
     def __init__(self, slurm: Cluster, cwd: Path, text: Path, tasks: int, *flags: str, options: tuple = ()) -> None:
         super().__init__(cwd, text, 2 * tasks, run="runs/run")
         self.slurm = slurm
-        made = {"VENV": cwd / "venv", "NVME": slurm.nvme, "DEVICE": "--cpu", "GOSSIP_HOST": "127.0.0.1"}
+        made = {"VENV": cwd / "venv", "NVME": slurm.nvme, "DEVICE": "--cpu", "GOSSIP_HOST": slurm.address}
         settings = {name: str(value) for name, value in made.items()}
         command = ["sbatch", "--parsable", "--nodes=2", f"--ntasks-per-node={tasks}", *options, "train.frontier.sh"]
         arguments = [*TINY[:-3], "--data", str(text), "--val_bytes", "512", *FLAGS, "--output", "runs/run", *flags]
@@ -168,7 +168,7 @@ def test_slurm_job_that_is_cancelled_saves_first(submit, slurm):
 
 def test_plain_srun_starts_a_population(slurm, submit, text, tmp_path):
     options = ["--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
-    flags = [*TINY, *FLAGS, "--gossip_host", "127.0.0.1", "--data", str(text), "--train_steps", "1000"]
+    flags = [*TINY, *FLAGS, "--gossip_host", slurm.address, "--data", str(text), "--train_steps", "1000"]
     command = ["srun", *options, sys.executable, "train.py", *flags, "--output", "run"]
     done = subprocess.run(command, cwd=tmp_path, env=slurm.environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

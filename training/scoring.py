@@ -50,8 +50,8 @@ def _score(model: MinLM, content: mmap.mmap, delimiter: int | None) -> float:
             nats += losses_T.double().sum().item()
             if not math.isfinite(nats):
                 raise UserError(
-                    f"expected finite losses, got {nats} in the first {stop + 1} bytes of a file: the model's weights are "
-                    "broken, or need a wider --dtype"
+                    f"expected finite losses, got {nats} in the first {stop + 1} bytes of a file: the model's weights "
+                    "are broken, or need a wider --dtype"
                 )
             progress.update(stop - start)
     return nats / targets / math.log(2)

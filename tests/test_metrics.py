@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import math
 import re
 import resource
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gossip.event_log import EventLog
+from runtime.errors import UserError
 from training.metrics import COLUMNS, MetricsFile, RunLog, bits, mix_line, report_line
 
 COUNTED = ("won", "lost", "averaged", "tied", "failed")
@@ -157,6 +160,24 @@ def test_run_log_of_a_new_run_keeps_an_earlier_one_of_its_name_apart(tmp_path):
     log.line("again")
     log.close()
     assert len(path.read_text().splitlines()) == 2 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_run_log_that_another_writes_is_refused_where_there_are_locks(tmp_path, monkeypatch):
+    path = tmp_path / "train_run_rank_0000.log"
+    first = RunLog(path, echo=False)
+    for begin in (first.begin_anew, lambda: first.line("one"), first.begin_anew):
+        begin()
+        with pytest.raises(UserError, match="to be free, got a living run of this name"):
+            RunLog(path, echo=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", without_locks)
+        RunLog(path, echo=False).close()
+    first.close()
+    RunLog(path, echo=False).close()
+
+
+def without_locks(file, operation):
+    raise OSError(errno.ENOTSUP, "Operation not supported")
 
 
 def test_report_line_has_fixed_columns():

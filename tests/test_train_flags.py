@@ -18,6 +18,7 @@ from tests.conftest import TINY
 from tests.test_resume import QUIET, metrics_rows, newest
 from training import loop
 from training.checkpoint import list_checkpoints, read_for_use
+from training.metrics import RunLog
 from training.population import Standing, is_among_worst, save_chance, standing_of
 from training.run_directory import RunDirectory
 
@@ -252,6 +253,16 @@ def test_an_output_that_already_holds_a_run_is_refused(run_train):
     with pytest.raises(UserError, match="--resume"):
         run_train("run", "--train_steps", "1", *QUIET)
     assert sorted(run_dir.rglob("*")) == before
+
+
+def test_a_run_that_would_write_a_living_ones_log_is_refused(run_train, tmp_path):
+    log = RunLog(tmp_path / "logs" / "train_run_rank_0000.log", echo=False)
+    log.line("of one/run")
+    with pytest.raises(UserError, match=r"expected logs/train_run_rank_0000\.log to be free, got a living run of this"):
+        run_train("two/run", "--train_steps", "1", *QUIET)
+    assert not (tmp_path / "two").exists() and len(list((tmp_path / "logs").iterdir())) == 1
+    log.close()
+    run_train("two/run", "--train_steps", "1", *QUIET)
 
 
 def test_an_output_that_cannot_be_written_is_refused(run_train, tmp_path):

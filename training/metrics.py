@@ -1,5 +1,6 @@
 """What a run says of itself: metrics/rank_0000.tsv, logs/train_<run>_rank_0000.log and the progress bar."""
 
+import fcntl
 import functools
 import math
 import os
@@ -85,8 +86,9 @@ def _cell(value: Any) -> str:
 class RunLog:
     """The human's log: plain lines with the time in front, in a file and, where wanted, on standard error.
 
-    Opening raises UserError; after that a full disk must not stop training: a line that cannot be written is counted in
-    `lost` and said on standard error once. hand: who does the writing, so that a disk that hangs holds up nobody else.
+    Opening raises UserError, also where another living process writes the file; after that a full disk must not stop
+    training: a line that cannot be written is counted in `lost` and said on standard error once. hand: who does the
+    writing, so that a disk that hangs holds up nobody else.
     """
 
     def __init__(self, path: Path, echo: bool, hand: Hand = at_once) -> None:
@@ -99,14 +101,25 @@ class RunLog:
     def _open(self) -> BinaryIO:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            return open(self._path, "ab", buffering=0)
+            file = open(self._path, "ab", buffering=0)
         except OSError as error:
             raise UserError(f"expected to write a log to {self._path}, got {error.strerror}: mend its folder") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"expected {self._path} to be free, got a living run of this name that writes it: end that first, give "
+                "--output another last name, or start in another folder"
+            ) from None
+        except OSError:  # a filesystem without locks
+            pass
+        return file
 
     def begin_anew(self) -> None:
         """Begin an empty file; what an earlier run of this name has written is kept as <name>.1, <name>.2, ..."""
+        set_aside(self._path)  # while it is held
         self._file.close()
-        set_aside(self._path)
         self._file = self._open()
 
     def line(self, text: str, echo: bool | None = None) -> None:

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import watch
+from gossip.event_log import EventLog
 from gossip.filesystem_coordinator import FilesystemCoordinator
 from runtime.errors import UserError
 from tests.synthetic_run import write_run
@@ -403,6 +404,20 @@ def test_onlooker_counts_the_flow_of_the_last_minutes(tmp_path):
     assert view.flow[int(one["peer"]), int(one["rank"])] == sum(
         (row["peer"], row["rank"]) == (one["peer"], one["rank"]) for row in late
     )
+    log = tmp_path / "runs" / "gossip_logs" / "made_up_rank_0000.tsv"
+    log.write_text(log.read_text().replace(f"{newest:%Y}-", f"{newest.year + 1}-"))
+    assert Onlooker(run_dir).look().flow == view.flow  # whatever that rank's clock says
+
+
+def test_onlooker_counts_no_flow_of_ranks_that_are_gone_unless_all_are(run, tmp_path):
+    for _ in range(3):
+        run.beat()
+    for rank in range(3):
+        EventLog(tmp_path / "gossip_logs" / f"run_rank_{rank:04d}.tsv", rank).write("merged", peer=(rank + 1) % 3)
+    run.leave(2)
+    assert Onlooker(run.path).look().flow == {(1, 0): 1, (2, 1): 1}
+    run.leave(0, 1)
+    assert len(Onlooker(run.path).look().flow) == 3
 
 
 def stamp(row):

@@ -57,8 +57,9 @@ class Elite:
 
 @dataclass(frozen=True)
 class View:
-    """The population at one look. flow: merges by (sender, receiver) in the FLOW_MINUTES before flow_until, the newest
-    event there is; None without any; over: every rank that was seen has left."""
+    """The population at one look. flow: merges by (sender, receiver) in the FLOW_MINUTES before each receiver's newest
+    event, of the ranks that are not gone, unless all are; flow_until: the middle one of these events, None without any;
+    over: every rank that was seen has left."""
 
     rows: tuple[Row, ...]
     elites: tuple[Elite, ...]
@@ -85,29 +86,34 @@ class Metrics:
 
 
 class Flow:
-    """The merges of the last minutes, from the event logs of all ranks, on the clock of who wrote them."""
+    """The merges of each rank's last minutes, from the event logs of all, on the clock of who wrote them: hosts' clocks
+    may be far apart."""
 
     def __init__(self) -> None:
-        self.until: datetime | None = None
+        self._until: dict[int, datetime] = {}  # each rank's newest event
         self._merges: list[tuple[datetime, int, int]] = []
 
     def add(self, rows: Iterable[dict[str, str]]) -> None:
         """Take in rows of one event log."""
         for row in rows:
             try:
-                when = datetime.fromisoformat(row["timestamp"].replace("Z", "+00:00"))
-                self.until = max(self.until or when, when)
+                when, rank = datetime.fromisoformat(row["timestamp"].replace("Z", "+00:00")), int(row["rank"])
+                self._until[rank] = max(self._until.get(rank, when), when)
                 if row["event"] in ("merged", "averaged"):
-                    self._merges.append((when, int(row["peer"]), int(row["rank"])))
+                    self._merges.append((when, int(row["peer"]), rank))
             except (KeyError, ValueError, TypeError):  # of another version, or torn where a disk was full
                 continue
 
-    def counted(self) -> dict[tuple[int, int], int]:
-        """How often weights went from one rank to another."""
-        if self.until is not None:
-            since = self.until - timedelta(minutes=FLOW_MINUTES)
-            self._merges = [merge for merge in self._merges if merge[0] > since]
-        return dict(Counter((sender, receiver) for _, sender, receiver in self._merges))
+    def until(self, ranks: set[int]) -> datetime | None:
+        """The newest event of the rank in the middle of `ranks`; None without any."""
+        newest = [when for rank, when in self._until.items() if rank in ranks]
+        return statistics.median_low(newest) if newest else None
+
+    def counted(self, ranks: set[int]) -> dict[tuple[int, int], int]:
+        """How often weights went from one rank to another of `ranks`."""
+        span = timedelta(minutes=FLOW_MINUTES)
+        self._merges = [merge for merge in self._merges if merge[0] > self._until[merge[2]] - span]
+        return dict(Counter((sender, receiver) for _, sender, receiver in self._merges if receiver in ranks))
 
 
 class Onlooker:
@@ -140,7 +146,8 @@ class Onlooker:
         if size is not None:  # a rank that a launch of fewer has left behind is no part of the population any more
             rows = tuple(row for row in rows if row.rank < size or row.state in ("leads", "running"))
         over = bool(entries) and all(self._sightings.left(rank) for rank in entries)
-        return View(rows, read_elites(self.run_dir), self._flow.counted(), self._flow.until, over)
+        ranks = {row.rank for row in rows if row.state not in ("silent", "left")} or {row.rank for row in rows}
+        return View(rows, read_elites(self.run_dir), self._flow.counted(ranks), self._flow.until(ranks), over)
 
     def _read_registry(self, now: float) -> None:
         try:

@@ -26,6 +26,7 @@ main <- function(arguments) {
   over <- along(metrics, "step")
   laws <- fit_laws(metrics, over)
   report(place$name, ranks, metrics, mixes, over, laws, target)
+  if (is.null(place$logs)) cat("no mixes known: there is no ", paste(place$sought, collapse = " nor "), "\n", sep = "")
   colours <- rank_colours(ranks, mixes, place$alpha)
   law <- if (length(laws)) laws[[1]]
   draw(place$out, list(
@@ -76,7 +77,7 @@ parse_target <- function(arguments) {
   target
 }
 
-# What to plot: the name, the metrics' files, the gossip logs' folder, and where the pictures go.
+# What to plot: the name, the metrics' files, the gossip logs and where they were looked for, and where the pictures go.
 find_place <- function(arguments) {
   if (!length(arguments)) {
     found <- Sys.glob(c("runs/*/metrics/rank_*.tsv", "*/metrics/rank_*.tsv"))
@@ -92,9 +93,11 @@ find_place <- function(arguments) {
   out <- if (whole) file.path(path, "plot_train") else sub("[.]tsv$", "", path)
   if (file.access(dirname(out), 2) != 0) fail("expected to write pictures to ", dirname(out), ", got no right to: copy the run elsewhere")
   config <- read_config(file.path(run, "config.json"))
-  logs <- file.path(c(config("working_directory"), dirname(run), dirname(dirname(run))), "gossip_logs")
+  started <- config("working_directory")
+  logs <- unique(file.path(c(if (nzchar(started)) started, dirname(run), dirname(dirname(run))), "gossip_logs"))
   has <- vapply(logs, function(log) length(rank_tables(log, paste0(basename(run), "_"))) > 0, TRUE)
   list(name = if (whole) basename(run) else paste0(basename(run), ", ", basename(path)), files = files, out = out,
+       sought = file.path(logs, paste0(basename(run), "_rank_0000.tsv")),
        logs = if (any(has)) file.path(logs[has][1], sub("^", paste0(basename(run), "_"), basename(files))),
        alpha = merge_share(config))
 }
@@ -111,8 +114,11 @@ rank_tables <- function(folder, prefix = "") {
 read_config <- function(path) {
   text <- if (file.exists(path)) paste(readLines(path, warn = FALSE), collapse = " ") else ""
   function(name) {
-    pattern <- sprintf('.*"%s": *"?([^",}]*).*', name)
-    if (grepl(pattern, text)) sub(pattern, "\\1", text) else ""
+    before <- sprintf('"%s": *', name)
+    found <- regexpr(paste0(before, '("([^"\\\\]|\\\\.)*"|[^",}]*)'), text, perl = TRUE)
+    if (found < 0) return("")
+    value <- gsub('^"|"$', "", sub(before, "", regmatches(text, found)))
+    gsub("\\\\(.)", "\\1", value)  # \" and \\: no path needs other escapes
   }
 }
 

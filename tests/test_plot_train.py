@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import re
@@ -110,6 +111,11 @@ def test_plot_train_shows_512_ranks(tmp_path):
 def test_plot_train_finds_the_files_of_a_run_whatever_its_name(tmp_path):
     run = write_run(tmp_path / "runs" / "rate[0.1]*", ranks=2, steps=400, mixes=6)
     assert "2 ranks, 400 steps, 6 mixes" in drawn(plot(run))
+    started = tmp_path / 'l\\ä"uft, hier}'
+    started.mkdir()
+    (tmp_path / "runs" / "gossip_logs").rename(started / "gossip_logs")
+    stored = json.loads((run / "config.json").read_text()) | {"working_directory": str(started)}
+    (run / "config.json").write_text(json.dumps(stored, ensure_ascii=False))
     assert "2 ranks, 400 steps, 6 mixes" in drawn(plot(cwd=tmp_path))
 
 
@@ -117,7 +123,10 @@ def test_plot_train_finds_the_newest_run(tmp_path):
     for age, name in ((0, "new"), (3600, "old")):
         for path in (write_run(tmp_path / "runs" / name, ranks=1, steps=200) / "metrics").iterdir():
             os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
-    assert drawn(plot(cwd=tmp_path)).startswith("new: ")
+    shutil.rmtree(tmp_path / "runs" / "gossip_logs")
+    said = drawn(plot(cwd=tmp_path))
+    sought = [tmp_path / folder / "gossip_logs" / "new_rank_0000.tsv" for folder in ("runs", ".")]
+    assert said.startswith("new: ") and f"no mixes known: there is no {sought[0]} nor {sought[1]}\n" in said
 
 
 def test_plot_train_reads_columns_by_name_and_whole_rows_only(tmp_path):

@@ -421,7 +421,14 @@ def test_a_run_whose_checkpoints_torch_could_not_open_is_refused(run_train, tmp_
     with pytest.raises(UserError, match="expected a run directory whose path is UTF-8"):
         run_train("run\udcff", "--train_steps", "3", *QUIET)
     assert not (tmp_path / "run\udcff").exists()
-    run_train("läuft", "--train_steps", "3", *QUIET)
+
+
+def test_config_json_is_utf8_whatever_the_paths_are(run_train, text, tmp_path):
+    (tmp_path / "no\udcff.txt").symlink_to(text)
+    run_dir = run_train("läuft", "--train_steps", "3", "--data", "no\udcff.txt", *QUIET)
+    assert '"run": "läuft"' in (run_dir / "config.json").read_text(encoding="utf-8")
+    train.main(["--resume", "läuft", "--train_steps", "4"])
+    assert newest(run_dir)["step"] == 4
 
 
 def test_lanes_of_all_ranks_take_turns_over_the_data(run_train, monkeypatch):

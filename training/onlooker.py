@@ -275,7 +275,7 @@ def read_elites(run_dir: Path) -> tuple[Elite, ...]:
 def world_size(run_dir: Path) -> int | None:
     """The number of ranks of the run's newest launch, as config.json has it; None where it cannot be read."""
     try:
-        return int(json.loads((run_dir / "config.json").read_text())["world_size"])
+        return int(json.loads((run_dir / "config.json").read_bytes())["world_size"])
     except (OSError, ValueError, KeyError, TypeError):  # a run that has only begun
         return None
 
@@ -283,7 +283,7 @@ def world_size(run_dir: Path) -> int | None:
 def population_seconds(run_dir: Path, option: str, default: float) -> float:
     """What the run's config.json says of this option of the population."""
     try:
-        return float(json.loads((run_dir / "config.json").read_text())["options"]["population"][option])
+        return float(json.loads((run_dir / "config.json").read_bytes())["options"]["population"][option])
     except (OSError, ValueError, KeyError, TypeError):  # a run that has only begun
         return default
 
@@ -299,7 +299,7 @@ def thinned(values: tuple[float, ...], places: int) -> list[float]:
 def _log_places(run_dir: Path) -> list[Path]:
     """Where gossip_logs/ may be: where the run was started; else, as it was moved, beside it or above that."""
     try:
-        started = [Path(json.loads((run_dir / "config.json").read_text())["working_directory"])]
+        started = [Path(json.loads((run_dir / "config.json").read_bytes())["working_directory"])]
     except (OSError, ValueError, KeyError, TypeError):  # a run that has only begun
         started = []
     return [*started, *run_dir.resolve().parents[:2]]

@@ -116,7 +116,7 @@ class RunDirectory:
     def stored_options(self) -> dict[str, dict[str, Any]]:
         """The options in config.json of a run to resume. Raises UserError if there is no such run."""
         try:
-            options = json.loads(self.config.read_text())["options"]
+            options = json.loads(self.config.read_bytes())["options"]
             return {group: dict(values) for group, values in options.items()}
         except (FileNotFoundError, NotADirectoryError):
             got, advice = "which is no folder", "check the path"
@@ -152,7 +152,8 @@ class RunDirectory:
             "working_directory": os.getcwd(),  # where logs/ and gossip_logs/ are
             "device": device,
         }
-        text = json.dumps(content, indent=2) + "\n"
+        # As UTF-8, which other tools read without a parser; bytes of a path that are none, as escapes.
+        text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         try:
             if is_new:
                 write_once(self.config, text)

@@ -209,7 +209,9 @@ def write_to_stdout(prompt: bytes, continuation: Iterator[bytes], samples: int) 
 
 
 def output_paths(path: Path, samples: int) -> list[Path]:
-    """`path`, or for several samples path_1, path_2 ... before its suffix."""
+    """`path`, or for several samples path_1, path_2 ... before its suffix. Raises UserError."""
+    if not path.name:
+        raise UserError(f"expected the name of a file for --output_file, got {path}: choose another")
     if samples == 1:
         return [path]
     return [path.with_name(f"{path.stem}_{number}{path.suffix}") for number in range(1, samples + 1)]

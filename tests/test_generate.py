@@ -249,6 +249,7 @@ def test_generate_starts_documents_as_the_model_was_trained(tmp_path, capfdbinar
         (["--prompt", "x", "--seed", "9" * 30], "--seed: expected a whole number from 0 to 18446744073709551615"),
         (["--prompt", "x", "--cuda"], "expected one device"),
         (["--prompt", "x", "--output_file", "no/such/folder/file"], "expected to write no/such/folder/file"),
+        (["--prompt", "x", "--output_file", ".", "--num_samples", "2"], "expected the name of a file"),
         (["--prompt", "x", "--model", "no/such/model"], "no such file"),
         (["--prompt", "x", "--model", __file__], "expected a whole checkpoint"),
         (["--prompt", "x", "--bogus"], "unrecognized arguments: --bogus"),

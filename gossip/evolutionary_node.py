@@ -6,13 +6,13 @@ import os
 import random
 import secrets
 import socket
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from gossip import lattice, state_native
+from gossip.address_book import AddressBook
 from gossip.comparison import Evidence
 from gossip.config import GossipConfig
 from gossip.event_log import EventLog
@@ -34,7 +34,6 @@ from gossip.switchboard import Switchboard
 from runtime.ranks import Identity
 
 POPULATION_FOLDER = "population"
-SELF_SECONDS = 600.0  # in which an address that led to this rank itself is not called again
 
 
 class EvolutionaryNode:
@@ -84,9 +83,8 @@ class EvolutionaryNode:
         self._ledger = Ledger(event_log)
         self._desk = SnapshotDesk(schema, live, scalars, genes)
         self._dice = random.Random(f"dice {seed} {identity.rank}")
-        self._peer_dice = random.Random(f"peers {seed} {identity.rank}")  # the network thread's
         self._peers = config.peers
-        self._forgotten: dict[str, float] = {}  # until when on time.monotonic, by address
+        self._book = AddressBook(self._addresses, random.Random(f"peers {seed} {identity.rank}"))
         self._reputation = Reputation()
         self._seeking = Seeking()
         self._looks = 0, 0  # a generation, and the comparisons that its weights were in; the network thread's
@@ -115,8 +113,7 @@ class EvolutionaryNode:
             seconds=config.exchange_seconds,
             say_hello=self._hello,
             distrusts=self._distrusts,
-            choose_peer=self._choose_peer,
-            on_self=self._forget_peer,
+            book=self._book,
             on_end_well=self._concluded,
         )
         self._intake = Intake(
@@ -169,7 +166,7 @@ class EvolutionaryNode:
             if delivery is not None:
                 report = self._intake.apply(delivery)
         lucky = self._dice.random() < self._config.mixing_rate
-        if self._seeking.is_due(lambda: bool(self._known_addresses())) or lucky:
+        if self._seeking.is_due(lambda: bool(self._book.known())) or lucky:
             self._switchboard.ring()
         return report
 
@@ -265,18 +262,8 @@ class EvolutionaryNode:
             "generation": published.generation,
         }
 
-    def _choose_peer(self) -> str | None:
-        candidates = self._known_addresses()
-        return self._peer_dice.choice(candidates) if candidates else None
-
-    def _known_addresses(self) -> list[str]:
+    def _addresses(self) -> list[str]:
         """Of peers that live as far as the registry knows, and of those that the configuration names."""
         roster = self.roster
         registered = [member.address for member in roster.peers(self._identity.rank)] if roster is not None else []
-        now = time.monotonic()
-        named = [peer for peer in self._peers if self._forgotten.get(peer, now) <= now]
-        return list(dict.fromkeys([*registered, *named]))
-
-    def _forget_peer(self, address: str) -> None:
-        """Not for ever: whoever is on the path can lead a call back to its caller once, and may be gone."""
-        self._forgotten[address] = time.monotonic() + SELF_SECONDS
+        return list(dict.fromkeys([*registered, *self._peers]))

@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from gossip.address_book import AddressBook
 from gossip.decision import Policy
 from gossip.exchange import PIECE_BYTES, Outcome, converse
 from gossip.faults import Fault, ProtocolError
@@ -27,6 +28,7 @@ HANDSHAKE_SECONDS = 5.0  # to connect and to authenticate
 ACCEPTS_AT_ONCE = 10  # callers, and then a pause: bounds the time that they take from training
 ACCEPT_PAUSE_SECONDS = 0.2  # who comes meanwhile would most likely hear BUSY
 REPORT_SECONDS = 10.0  # between two lines about the same kind of failure of strangers
+OWN_FAULTS = (Fault.CLOSING, Fault.OUT_OF_MEMORY, Fault.INTERNAL)  # which say nothing of who was called
 CLOSE_SECONDS = 5.0  # for the thread to end: whatever holds it, the process can end
 
 
@@ -39,8 +41,8 @@ class Switchboard:
 
     key: of the run; wire_dtype: see wire_format(); seconds: bound of a whole conversation. Called on the network
     thread: say_hello(address, theirs): what is published now, theirs None for a caller; distrusts(theirs): whether that
-    peer's weights are not taken now; choose_peer(): the address to call, or None; on_self(address): it turned out to be
-    this rank's own; on_end_well(outcome): a conversation has ended without a fault.
+    peer's weights are not taken now; on_end_well(outcome): a conversation has ended without a fault. book: whom to
+    call.
     """
 
     def __init__(
@@ -54,8 +56,7 @@ class Switchboard:
         seconds: float,
         say_hello: Callable[[str, Hello | None], Hello],
         distrusts: Callable[[Hello], bool],
-        choose_peer: Callable[[], str | None],
-        on_self: Callable[[str], None],
+        book: AddressBook,
         on_end_well: Callable[[Outcome], None],
     ) -> None:
         self.error: BaseException | None = None  # what ended the thread before its time
@@ -70,8 +71,7 @@ class Switchboard:
         self._handshake_seconds = min(HANDSHAKE_SECONDS, seconds)
         self._say_hello = say_hello
         self._distrusts = distrusts
-        self._choose_peer = choose_peer
-        self._on_self = on_self
+        self._book = book
         self._on_end_well = on_end_well
         self._slot = threading.Lock()  # held while in a conversation, until its merge: released by either thread
         self._reports = Reports(REPORT_SECONDS)
@@ -163,7 +163,7 @@ class Switchboard:
         self._reports.tell("accept", lambda others: self._ledger.note("accept_failed", f"{reason}{others}"))
 
     def _begin_call(self) -> None:
-        address = self._choose_peer()
+        address = self._book.choose()
         if address is None:
             return
         talk = Talk(address, initiator=True)
@@ -245,6 +245,7 @@ class Switchboard:
         talk.connection = await connect(talk.address)
         talk.wire = Wire(talk.connection)
         self._use(talk, await authenticate(talk.wire, self._key, initiator=True))
+        self._book.answered(talk.address)
 
     def _conclude(self, talk: Talk, outcome: Outcome) -> None:
         self._on_end_well(outcome)
@@ -260,7 +261,9 @@ class Switchboard:
         if error.fault is Fault.SELF:
             if not talk.initiator:
                 return  # the calling end of the same conversation accounts for it
-            self._on_self(talk.address)
+            self._book.own(talk.address)
+        elif talk.initiator and talk.channel is None and error.fault not in OWN_FAULTS:
+            self._book.silent(talk.address)
         self._ledger.fail(talk, error)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from bench.injection import Injection
-from gossip.evolutionary_node import SELF_SECONDS
 from gossip.faults import Fault
 from gossip.filesystem_coordinator import Roster
 from gossip.network_utils import listen
@@ -279,9 +278,7 @@ def test_node_drops_its_own_address_from_its_peers(tmp_path):
         assert last_event(rank)["message"].startswith(Fault.SELF.value) and len(rank.events()) == 1
         until(lambda: not rank.node._switchboard._slot.locked())
         rank.call()
-        assert rank.node._choose_peer() is None and counted(rank, initiated=1)
-        rank.node._forgotten[f"127.0.0.1:{port}"] -= SELF_SECONDS  # somebody else may listen there by then
-        assert rank.node._choose_peer() == f"127.0.0.1:{port}"
+        assert rank.node._book.known() == [] and counted(rank, initiated=1)
 
 
 def test_node_counts_a_peer_that_it_cannot_reach_and_goes_on(tmp_path):
@@ -289,9 +286,10 @@ def test_node_counts_a_peer_that_it_cannot_reach_and_goes_on(tmp_path):
         nobody = f"127.0.0.1:{held.getsockname()[1]}"
     with ranks(Rank(tmp_path, 0, peers=(nobody,))) as (rank,):
         for times in (1, 2):
-            until(lambda: not rank.node._switchboard._slot.locked())
+            until(lambda: not rank.node._switchboard._slot.locked() and rank.node._book.known())
             rank.call()
             until(lambda times=times: counted(rank, failed=times, initiated=times), rank)
+            assert rank.node._book.known() == []  # not at once again: it would keep this rank from its other peers
         assert last_event(rank)["message"].startswith(Fault.UNREACHABLE.value)
         assert last_event(rank)["peer"] == nobody
 

@@ -298,6 +298,7 @@ def test_a_hung_lookup_delays_neither_others_nor_the_end(tmp_path, resolver):
 @pytest.mark.injects(Injection.SLOW_RESOLVER)
 def test_hung_lookups_end_at_the_handshakes_deadline_and_are_few(tmp_path, resolver, monkeypatch):
     monkeypatch.setattr("gossip.switchboard.HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr("gossip.address_book.LONGEST_SECONDS", 0.0)
     with ranks(Rank(tmp_path, 0, peers=("host.slow:29400",))) as (rank,):
         for times in range(1, LOOKUPS_LIMIT + 3):
             until(lambda: free(rank))

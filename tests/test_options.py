@@ -67,6 +67,7 @@ def test_parse_arguments_returns_only_what_was_given_in_either_spelling():
 def test_parse_arguments_refuses_bad_values_in_one_line(argv):
     with pytest.raises(UserError) as caught:
         parse_arguments(argv, "")
+        ["--params", "1e16"],
     assert "\n" not in str(caught.value)
 
 

@@ -28,6 +28,14 @@ def parse_chunk(text: str) -> int:
     return size
 
 
+def parse_params(text: str) -> int:
+    """A size of at most 16384g. Raises UserError."""
+    size = parse_size(text)
+    if size > 2**44:
+        raise UserError(f"expected at most 16384g, got {text}: lower it")
+    return size
+
+
 def parse_val_bytes(text: str) -> int:
     """A size of at least 2: an input and its target. Raises UserError."""
     size = parse_size(text)

@@ -26,6 +26,7 @@ from training.option_values import (
     SECONDS,
     parse_chunk,
     parse_delimiter,
+    parse_params,
     parse_steps,
     parse_tolerance,
     parse_val_bytes,
@@ -76,7 +77,7 @@ class ModelOptions:
     """model"""
 
     params: int | None = _option(None, "parameters to build, within 1 %% (15m, 350m, 1g, 7g); 15m if no --dim and "
-                                 "--depth are given", parse_size, fixed=True)  # fmt: skip
+                                 "--depth are given", parse_params, fixed=True)  # fmt: skip
     dim: int | None = _option(None, "width of the model", parse_size, fixed=True)
     depth: int | None = _option(None, "number of layers", whole(1), fixed=True)
     expansion_factor: float = _option(1.5, "width of the recurrence over --dim", POSITIVE, fixed=True)
@@ -268,9 +269,8 @@ def _add_flag(group: argparse._ArgumentGroup, option: dataclasses.Field) -> None
             f"--{name}", nargs="+", action="extend", type=meta["parse"], metavar="X", help=meta["help"]
         )  # fmt: skip
     else:
-        metavar = {str: "X", parse_size: "SIZE", parse_chunk: "SIZE", parse_val_bytes: "SIZE", parse_steps: "SIZE"}.get(
-            meta["parse"], "N"
-        )
+        sizes = (parse_size, parse_params, parse_chunk, parse_val_bytes, parse_steps)
+        metavar = "SIZE" if meta["parse"] in sizes else "X" if meta["parse"] in (str, os.path.abspath) else "N"
         group.add_argument(
             f"--{name}", choices=meta.get("choices"), metavar=None if meta.get("choices") else metavar,
             type=as_argument(meta["parse"]), help=meta["help"] + suffix,

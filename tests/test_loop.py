@@ -194,7 +194,7 @@ def test_several_non_finite_losses_in_a_row_return_to_the_last_good_state(run_tr
 
 
 @pytest.mark.injects(Injection.DISK_ERROR)
-@pytest.mark.parametrize("hidden", ["the run directory", "the checkpoint"])
+@pytest.mark.parametrize("hidden", ["the run directory", "the checkpoint", "what it began from"])
 def test_a_return_that_the_disk_prevents_ends_the_rank_and_begins_nothing_anew(
     run_train, monkeypatch, tmp_path, capsys, hidden
 ):
@@ -209,11 +209,17 @@ def test_a_return_that_the_disk_prevents_ends_the_rank_and_begins_nothing_anew(
             place.rename(away)
             if hidden == "the checkpoint":
                 place.mkdir()
+            if hidden == "what it began from":
+                list_checkpoints(run)[0].path.unlink()
+                (tmp_path / "first").rename(tmp_path / "gone")
         return original(self)
 
     monkeypatch.setattr(optimizer.ScheduleFreeWeights, "adopt", lambda *given: adopted.append(given))
     monkeypatch.setattr(Trainer, "train_step", poison)
     flags = ["--no_fitness_weighted_checkpointing", "--save_every", "16", "--val_every", "0"]
+    if hidden == "what it began from":
+        run_train("first", "--train_steps", "1", *flags)
+        flags += ["--init_from", "first"]
     with pytest.raises(AssertionError):  # a status that is not 0
         run_train("run", "--train_steps", "25", *flags)
     assert "error: rank 0: loss is not finite, and " in capsys.readouterr().err and not adopted

@@ -1,11 +1,12 @@
 import dataclasses
+import re
 
 import pytest
 
 from runtime.arguments import parse_size
 from runtime.errors import UserError
 from training.option_values import parse_delimiter
-from training.options import Options, parse_arguments, resolve_options
+from training.options import DEVICES, Options, parse_arguments, resolve_options
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,23 @@ def test_parse_arguments_returns_only_what_was_given_in_either_spelling():
     assert given == {"batch_size": 4, "chunk_size": 2048, "schedulefree": False, "filesystem_coordinator": False}
 
 
+def test_every_switch_of_a_resumed_run_can_be_turned_either_way(capsys):
+    switches = {
+        option.name
+        for group in dataclasses.fields(Options)
+        for option in dataclasses.fields(group.default_factory)
+        if isinstance(option.default, bool) and option.name not in DEVICES
+    }
+    assert {"compile", "checkpoint_layers", "schedulefree"} <= switches
+    for name in switches:
+        assert parse_arguments([f"--{name}", f"--no_{name}"], "") == {name: False}
+    stored = resolve_options({"compile": True}).to_dict()
+    assert not resolve_options(parse_arguments(["--no_compile"], ""), stored).compute.compile
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"], "")
+    assert re.findall(r"--no_compile|--no_checkpoint_layers", capsys.readouterr().out) == ["--no_compile"]
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -49,6 +67,7 @@ def test_parse_arguments_returns_only_what_was_given_in_either_spelling():
         ["--gossip_recombination_alpha", "1.5"],
         ["--gossip_mixing_rate", "-0.1"],
         ["--params", "12q"],
+        ["--params", "1e16"],
         ["--gossip_merge_method", "marriage"],
         ["--dropout", "1"],
         ["--val_fraction", "1"],
@@ -67,7 +86,6 @@ def test_parse_arguments_returns_only_what_was_given_in_either_spelling():
 def test_parse_arguments_refuses_bad_values_in_one_line(argv):
     with pytest.raises(UserError) as caught:
         parse_arguments(argv, "")
-        ["--params", "1e16"],
     assert "\n" not in str(caught.value)
 
 

@@ -84,13 +84,17 @@ def test_resume_writes_its_metrics_on_in_the_same_file(run_train):
     assert seen == [step * 2 * 32 for step in (5, 10, 15, 20)]
 
 
-def test_resume_finds_its_data_from_another_working_directory(run_train, tmp_path, monkeypatch):
+def test_resume_finds_what_it_reads_from_another_working_directory(run_train, tmp_path, monkeypatch):
     (tmp_path / "here.txt").write_text("relative\x1e" * 100)
     run_dir = run_train("run", "--train_steps", "2", "--data", "here.txt", *QUIET)
     (tmp_path / "elsewhere").mkdir()
+    later = run_train("later", "--train_steps", "2", "--data", "here.txt", "--init_from", "run", *QUIET)
+    for file in list_checkpoints(later):
+        file.path.unlink()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    train.main(["--resume", "../run", "--train_steps", "4"])
-    assert newest(run_dir)["step"] == 4
+    for name, place in (("run", run_dir), ("later", later)):
+        train.main(["--resume", f"../{name}", "--train_steps", "4"])
+        assert newest(place)["step"] == 4
 
 
 def test_resume_takes_new_rates_batch_and_chunk_sizes(run_train):

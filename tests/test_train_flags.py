@@ -216,7 +216,7 @@ MISTAKES = {
     "a model too large": (["--params", "900g"], "GiB"),
     "a width that is no size": (["--dim", "0"], "expected a size"),
     "an impossible size": (["--params", "3"], "params"),
-    "corrupt init_from": (["--init_from", "short.txt"], r"whole checkpoint, got short\.txt \(none, or cut\)"),
+    "corrupt init_from": (["--init_from", "short.txt"], r"whole checkpoint, got \S+/short\.txt \(none, or cut\)"),
     "liveness below heartbeat": (["--gossip_liveness", "1", "--gossip_heartbeat", "2"], "liveness"),
     "bad peer": (["--gossip_peers", "nowhere"], "host"),
     "a huge seed": (["--seed", "9" * 30], "at most"),

@@ -48,7 +48,10 @@ def check_compiler(options: ComputeOptions, device: torch.device) -> None:
     """Raise UserError where --compile would find no C++ compiler at the first step."""
     compiler = os.environ.get("CXX", "g++")
     if options.compile and device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"expected a C++ compiler for --compile, got no {compiler}: install it, or leave --compile out")
+        raise UserError(
+            f"expected a C++ compiler for --compile, got no {compiler}: install it, or leave --compile out, "
+            "which in a resumed run --no_compile does"
+        )
 
 
 def training_pass(

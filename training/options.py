@@ -36,6 +36,7 @@ from training.option_values import (
 
 DEFAULT_DELIMITER = 0x1E  # the byte that ends a document
 PAYLOADS = ("weights", "full")
+DEVICES = ("cuda", "rocm", "cpu")  # of these flags one replaces another in a resumed run
 
 
 def _option(default: Any, help: str, parse: Callable[[str], Any] = str, *, fixed: bool = False, **more: Any) -> Any:
@@ -130,8 +131,9 @@ class RunOptions:
     max_minutes: float | None = _option(None, "minutes that this launch trains (default: until stopped)", POSITIVE,
                                         of_launch=True)  # fmt: skip
     output: str | None = _option(None, "run directory to create (default, one rank only: runs/<date>_<time>)")
-    resume: str | None = _option(None, "run directory to go on with, in place")
-    init_from: str | None = _option(None, "checkpoint whose averaged weights a new run starts from")
+    resume: str | None = _option(None, "run directory to go on with, in place; --no_compile takes back its --compile, "
+                                 "and so on")  # fmt: skip
+    init_from: str | None = _option(None, "checkpoint whose averaged weights a new run starts from", os.path.abspath)
     save_every: int = _option(500, "mean steps between a rank's checkpoints, over the population", parse_size)
     keep_checkpoints: int = _option(2, "newest checkpoints kept of each rank", whole(1))
     keep_elite: int = _option(5, "best checkpoints kept of the population", whole(0))
@@ -259,8 +261,9 @@ def _add_flag(group: argparse._ArgumentGroup, option: dataclasses.Field) -> None
         group.add_argument(
             f"--{name}", action="store_true", help=f"{meta['help']} (default: {'on' if default else 'off'})"
         )
-        if default:
-            group.add_argument(f"--no_{name}", dest=name, action="store_false", help=f"not --{name}")
+        if name not in DEVICES:
+            help = f"not --{name}" if default else argparse.SUPPRESS
+            group.add_argument(f"--no_{name}", dest=name, action="store_false", help=help)
         return
     shown = meta.get("show", default)
     suffix = "" if default in (None, dataclasses.MISSING) else f" (default: {shown})"

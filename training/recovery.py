@@ -49,7 +49,8 @@ class Recovery:
         """Take the weights of this rank's newest whole checkpoint, else the initial ones; the data goes on.
 
         Each further return without a good step between tries an older one: the newest may be what leads astray. Raises
-        TrainingDiverged where it cannot be told which checkpoints there are: started again, the rank will know.
+        TrainingDiverged where it cannot be told which checkpoints there are, or none and --init_from cannot be read:
+        started again, the rank will know.
         """
         trainer, run = self._trainer, self._trainer.parts.run
         trainer.saving.finish()  # it may be the newest
@@ -72,7 +73,11 @@ class Recovery:
         if source is None and unreadable is not None:
             raise TrainingDiverged(f"loss is not finite, and {unreadable} unreadable: mend its disk")
         if source is None:
-            trainer.weights.adopt(trainer.parts.initial_weights())
+            try:
+                initial = trainer.parts.initial_weights()
+            except CheckpointError as error:
+                raise TrainingDiverged(f"loss is not finite, and where it began is lost: {error}") from None
+            trainer.weights.adopt(initial)
             trainer.totals.lineage = 0
         trainer.parts.node.weights_changed()
         trainer.parts.fitness.replaced(judged=False)

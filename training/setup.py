@@ -28,7 +28,7 @@ from training.checkpoint import read_for_use
 from training.data import Corpus, Region, find_files
 from training.heredity import Heredity
 from training.optimizer import TrainedWeights
-from training.options import Options, PopulationOptions, resolve_options
+from training.options import DEVICES, Options, PopulationOptions, resolve_options
 from training.probe import affordable_windows, probe_cost
 from training.run_directory import RunDirectory
 from training.succession import Resumed
@@ -114,8 +114,8 @@ def _choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, 
 
 def _resumed_options(given: Mapping[str, Any], run: RunDirectory) -> Options:
     stored = run.stored_options()
-    if any(name in given for name in ("cuda", "rocm", "cpu")):
-        stored.get("run", {}).update(cuda=False, rocm=False, cpu=False)
+    if any(name in given for name in DEVICES):
+        stored.get("run", {}).update(dict.fromkeys(DEVICES, False))
     options = resolve_options(given, stored)
     for name in evolving(options):
         centre = stored.get("optimizer", {}).get(name)

@@ -271,7 +271,9 @@ def test_an_output_that_cannot_be_written_is_refused(run_train, tmp_path):
         run_train("file/run", "--train_steps", "1", *QUIET)
 
 
-@pytest.mark.parametrize(("name", "value"), [("GRUBOROS_SCAN", "quantum"), ("GRUBOROS_SECRET", "short")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("GRUBOROS_SCAN", "quantum"), ("GRUBOROS_SCAN", "logspace"), ("GRUBOROS_SECRET", "short")]
+)
 def test_a_mistake_in_the_environment_leaves_no_run_behind(run_train, tmp_path, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=name):

@@ -18,6 +18,7 @@ from gossip.decision import Policy
 from gossip.network_utils import choose_address, listen
 from gossip.secret import FILE_NAME, VARIABLE, run_secret
 from gossip.state import Rule
+from mingru import scan_logspace
 from mingru.minLM import MinLM, ModelConfig
 from mingru.scan import chosen_backend
 from mingru.sizing import parameter_count, resolve_config
@@ -309,7 +310,8 @@ def open_listener(options: Options, identity: Identity) -> socket.socket:
 def check_environment(device: torch.device) -> None:
     """Raise UserError for a variable, or for a device's missing tools, that would be found wrong only once a run
     directory depends on it."""
-    chosen_backend(device.type)
+    if chosen_backend(device.type) is scan_logspace.scan:
+        raise UserError("expected a GRUBOROS_SCAN that can start documents, got logspace: choose another, or unset it")
     check_triton(device)
     if VARIABLE in os.environ:
         run_secret(None, os.environ)

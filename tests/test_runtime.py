@@ -82,13 +82,13 @@ def system_calls(monkeypatch):
         calls.append(("rename", Path(target).name))
         replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(os, "replace", record_replace)
     def record_link(source, target):
         calls.append(("link", Path(target).name))
         link(source, target)
 
     monkeypatch.setattr(os, "link", record_link)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
     return calls
 
 
@@ -192,8 +192,6 @@ def test_stale_temporaries_leave_those_of_other_hosts(half_written, monkeypatch,
     assert len(stale_temporaries(half_written)) == 2 and not set(stale_temporaries(half_written)) & set(other)
 
 
-@pytest.mark.parametrize(
-    "process_id, listed", [("1", False), (str(10**30), True), ("", False), ("x", False), ("-1", False)]
 def test_stale_temporaries_leave_those_of_other_containers(half_written):
     within = ["unshare", "--pid", "--fork", "--mount-proc"]
     if shutil.which("unshare") is None or subprocess.run([*within, "true"], capture_output=True).returncode != 0:
@@ -204,6 +202,8 @@ def test_stale_temporaries_leave_those_of_other_containers(half_written):
         assert subprocess.check_output(command, cwd=ROOT, text=True) == f"{count}\n"
 
 
+@pytest.mark.parametrize(
+    "process_id, listed", [("1", False), (str(10**30), True), ("", False), ("x", False), ("-1", False)]
 )
 def test_stale_temporaries_tell_the_living_from_the_dead_by_their_number(tmp_path, process_id, listed):
     named = temporary_name(tmp_path / "state.pt").name.replace(f".{os.getpid()}.", f".{process_id}.")

@@ -1,6 +1,6 @@
 """One conversation between two authenticated peers: compare, decide, stream, verify.
 
-    both        HELLO          the answerer says BUSY instead while it talks to another
+    both        HELLO          or BUSY instead, from who talks to another by now
     both        DECISION       each from both HELLOs; they must agree
     both        sketch, END    where weights travel as remainders: a few samples, which tell how far apart they are
     sender      SNAPSHOT, raw payload, END with the payload's digest
@@ -58,7 +58,7 @@ class Party(Protocol):
         """Whether that peer's weights are not to be taken now."""
 
     def claim(self) -> bool:
-        """Whether this end is free to be called; from a True on it is not."""
+        """Whether this end is free to talk; from a True on it is not."""
 
     async def snapshot(self, generation: int) -> Snapshot:
         """The state at the next step boundary. Raises ProtocolError WEIGHTS_CHANGED if that is another generation."""
@@ -123,28 +123,38 @@ async def converse(channel: Channel, party: Party, initiator: bool) -> Outcome:
 
 
 async def _greet_first(channel: Channel, party: Party) -> tuple[Hello, Hello]:
+    await _claim(channel, party)
     mine = party.hello(None)
     await channel.send(mine)
-    theirs = await channel.receive(Hello, Busy)
-    if isinstance(theirs, Busy):
-        raise ProtocolError(Fault.BUSY, "the peer is in another conversation")
+    theirs = await _hear_hello(channel)
     _check_kinship(mine, theirs)
     return mine, theirs
 
 
 async def _greet_back(channel: Channel, party: Party) -> tuple[Hello, Hello]:
-    theirs = await channel.receive(Hello)
+    theirs = await _hear_hello(channel)
     mine = party.hello(theirs)
     try:
         _check_kinship(mine, theirs)
     except ProtocolError:
         await channel.send(mine)  # so that the caller finds the same fault, not a closed connection
         raise
+    await _claim(channel, party)
+    await channel.send(mine)
+    return mine, theirs
+
+
+async def _claim(channel: Channel, party: Party) -> None:
     if not party.claim():
         await channel.send(Busy())
         raise ProtocolError(Fault.BUSY, "already in another conversation")
-    await channel.send(mine)
-    return mine, theirs
+
+
+async def _hear_hello(channel: Channel) -> Hello:
+    message = await channel.receive(Hello, Busy)
+    if isinstance(message, Busy):
+        raise ProtocolError(Fault.BUSY, "the peer is in another conversation")
+    return message
 
 
 def _check_kinship(mine: Hello, theirs: Hello) -> None:

@@ -75,6 +75,7 @@ class Switchboard:
         self._on_end_well = on_end_well
         self._slot = threading.Lock()  # held while in a conversation, until its merge: released by either thread
         self._reports = Reports(REPORT_SECONDS)
+        self._calling: Talk | None = None  # which this rank began; who calls it before it has an answer is talked to
         self._strangers = Strangers(key, self._handshake_seconds, ledger, self._reports, self._welcome)
         self._tasks: set[asyncio.Task] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -163,14 +164,11 @@ class Switchboard:
         self._reports.tell("accept", lambda others: self._ledger.note("accept_failed", f"{reason}{others}"))
 
     def _begin_call(self) -> None:
-        address = self._book.choose()
-        if address is None:
+        if self.engaged or self._calling is not None or (address := self._book.choose()) is None:
             return
-        talk = Talk(address, initiator=True)
-        talk.claimed = self._slot.acquire(blocking=False)
-        if talk.claimed:
-            self._begin(talk)
-            self._ledger.count(initiated=1)
+        self._calling = Talk(address, initiator=True)
+        self._ledger.count(initiated=1)
+        self._begin(self._calling)
 
     def _welcome(self, talk: Talk, session: Session) -> asyncio.Task:
         self._use(talk, session)
@@ -202,6 +200,8 @@ class Switchboard:
 
     def _let_go(self, talk: Talk, task: asyncio.Task | None) -> None:
         self._tasks.discard(task)
+        if talk is self._calling:
+            self._calling = None
         if talk.claimed and not talk.delivered:
             self.release()
         if talk.connection is not None:

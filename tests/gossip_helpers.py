@@ -93,6 +93,11 @@ class Rank:
         """Ask for a call, as a lucky throw of the dice does."""
         self.node._switchboard.ring()
 
+    @property
+    def idle(self):
+        """In no conversation, and not about to begin one."""
+        return not self.node.engaged and self.node._switchboard._calling is None
+
     def events(self):
         with open(self.log.path, newline="") as file:
             return list(csv.DictReader(file, delimiter="\t"))
@@ -126,8 +131,7 @@ def call_until(condition, caller, *turns):
 
     def called_and_done():
         nonlocal called
-        idle = not any(rank.node.engaged for rank in turns)
-        if idle and time.monotonic() > called + 1:
+        if all(rank.idle for rank in turns) and time.monotonic() > called + 1:
             called = time.monotonic()
             caller.call()
         return condition()

@@ -136,7 +136,7 @@ class Scene:
         self.unfit.boundary()
 
     def idle(self):
-        return not (self.fit.node.engaged or self.unfit.node.engaged)
+        return self.fit.idle and self.unfit.idle
 
     def call(self):
         self.caller.call()

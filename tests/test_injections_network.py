@@ -271,7 +271,7 @@ def test_two_that_call_each_other_at_once_hear_busy_and_mix_later(tmp_path):
                 rank.call()
             # Each hears it as the caller, and says it as the answerer.
             until(lambda: all(counted(rank, initiated=1, received=1, busy=2) for rank in (one, other)), one, other)
-            until(lambda: not one.node.engaged and not other.node.engaged, one, other)
+            until(lambda: one.idle and other.idle, one, other)
             other.call()
             until(lambda: counted(one, won=1) and counted(other, lost=1), one, other)
             assert values_of(other) == {3.0}

@@ -33,7 +33,7 @@ def close_raw_peers():
 
 
 def idle(*population):
-    return not any(rank.node.engaged for rank in population)
+    return all(rank.idle for rank in population)
 
 
 def call(caller, *turns):

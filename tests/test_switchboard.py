@@ -39,7 +39,7 @@ def close_raw_peers():
 
 
 def free(rank):
-    return not rank.node.engaged
+    return rank.idle
 
 
 def nobody():

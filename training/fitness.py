@@ -39,6 +39,7 @@ class Fitness:
         self._best: float | None = None
         self._step = 0  # now
         self._measured_at = 0  # the evidence's step
+        self._aside: tuple[int, Evidence | None] = -1, None  # a step, and what was measured aside at it
 
     @property
     def evidence(self) -> Evidence | None:
@@ -48,14 +49,18 @@ class Fitness:
     @property
     def value(self) -> float | None:
         """The fitness in nats per byte; None while it is not known for these weights."""
-        if self.kind == "ema":
-            return self.tracker.fitness
-        return None if self.evidence is None else statistics.fmean(self.evidence.losses)
+        return self.tracker.fitness if self.kind == "ema" else _mean(self.evidence)
 
     @property
     def value_now(self) -> float | None:
         """The fitness, unless it was measured at an earlier step."""
-        return self.value if self.kind == "ema" or self._is_of_now else None
+        return self.tracker.fitness if self.kind == "ema" else _mean(self.evidence_now)
+
+    @property
+    def evidence_now(self) -> Evidence | None:
+        """The evidence, unless it was measured at an earlier step."""
+        step, aside = self._aside
+        return self._evidence if self._is_of_now else aside if step == self._step else None
 
     @property
     def best(self) -> float | None:
@@ -65,9 +70,7 @@ class Fitness:
     def judge(self) -> Losses:
         """The probe's losses of the live weights, averaged and as training holds them, measured now: by them a merge is
         judged. Both, since a peer whose base iterate is far off spoils training long before the average shows it."""
-        began = time.perf_counter()
-        self._judged = losses, _ = self.probe.measure()
-        self.seconds += time.perf_counter() - began
+        self._judged = losses, _ = self._measured()
         return losses
 
     @property
@@ -80,21 +83,29 @@ class Fitness:
         weights or it has grown old."""
         self._step = step
         oldest = min(self._every, max(1, int(step * OLDEST_SHARE)))
-        if self._evidence is None or step - self._measured_at >= oldest:
-            self.measure()
-
-    def measure(self) -> None:
-        """Now: what is said of the weights from here on is of this very step."""
-        if self.kind == "probe" and not self._is_of_now:
+        if self.kind == "probe" and (self._evidence is None or step - self._measured_at >= oldest):
             self.judge()
             self._take_evidence()
+
+    def measure_aside(self) -> None:
+        """What value_now and evidence_now tell, where the evidence is of an earlier step; all else stays as if this had
+        not been asked, so that what a run does next depends on none of its saves."""
+        if self.kind == "probe" and not self._is_of_now:
+            self._aside = self._step, self._measured()[1]
 
     def replaced(self, judged: bool) -> None:
         """The weights were changed by other means than training; judged: and judge() saw them last as they are now."""
         self.tracker.reset()
         self._evidence = self._known = None
+        self._aside = -1, None
         if judged and self.kind == "probe":
             self._take_evidence()
+
+    def _measured(self) -> tuple[Losses, Evidence | None]:
+        began = time.perf_counter()
+        measured = self.probe.measure()
+        self.seconds += time.perf_counter() - began
+        return measured
 
     @property
     def _is_of_now(self) -> bool:
@@ -127,3 +138,7 @@ class Fitness:
             if probe == self.probe.id and len(losses) == self.probe.windows:
                 self._best = state["best"]
                 self._evidence, self._known = Evidence(probe, tuple(losses)), tuple(state["known"])
+
+
+def _mean(evidence: Evidence | None) -> float | None:
+    return None if evidence is None else statistics.fmean(evidence.losses)

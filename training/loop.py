@@ -214,8 +214,9 @@ class Trainer:
             before, cpu_before = now, cpu_now
             if progress:
                 progress.update(totals.step, self.parts.fitness.tracker.ema, self.bytes_per_s, self.mixes())
-        self.parts.fitness.measure()  # what the others are told at the end is of the last weights
-        self.parts.node.publish(*self._news())
+        fitness = self.parts.fitness
+        fitness.measure_aside()  # what the others are told at the end is of the last weights
+        self.parts.node.publish(totals.step, totals.lineage, fitness.value_now, self.status(), fitness.evidence_now)
 
     def _meet_population(self) -> None:
         node = self.parts.node

@@ -54,7 +54,7 @@ class Saving:
         try:
             with as_memory_error():
                 if measured:
-                    fitness.measure()
+                    fitness.measure_aside()
                 state = capture(trainer)
             trainer.parts.writer.begin(Moment(trainer.totals.step, fitness.value_now, why, state))
         except MemoryError:

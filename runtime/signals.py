@@ -1,11 +1,14 @@
 """Signals become flags that the training thread reads at an optimizer-step boundary."""
 
 import ctypes
+import math
 import os
 import signal
+import time
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # Linux, <sys/prctl.h>
+AGAIN_SECONDS = 1.0  # what comes sooner may be the same wish: sent to a whole group, and forwarded by the launcher too
 
 
 def signal_when_parent_dies(number: signal.Signals, parent: int) -> bool:
@@ -16,21 +19,23 @@ def signal_when_parent_dies(number: signal.Signals, parent: int) -> bool:
 
 
 class SignalFlags:
-    """SIGTERM or SIGINT once: `stop` (save and leave); twice: leave now. SIGUSR1: `save` (and go on).
+    """SIGTERM, SIGINT or SIGHUP: `stop` (save and leave); again, a second or more later: leave now, without saving, by
+    status 128 + its number. SIGUSR1: `save` (and go on).
 
     SIGUSR2: `stop`, however often it comes, and whatever came before: for who cannot know what was sent already.
-    Install from the main thread. The second SIGTERM or SIGINT exits with 128 + its number without saving.
+    Install from the main thread.
     """
 
     def __init__(self) -> None:
         self.stop = False
         self.save = False
-        self._told = False
+        self._told = math.inf  # when it was first asked to stop, on the monotonic clock
 
     def install(self) -> "SignalFlags":
-        """Take over SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 of this process."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_stop)
+        """Take over SIGTERM, SIGINT, SIGHUP (but under nohup), SIGUSR1 and SIGUSR2 of this process."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_save)
         signal.signal(signal.SIGUSR2, self._on_leave)
         return self
@@ -49,9 +54,11 @@ class SignalFlags:
             self.stop = True
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        if self._told:
+        now = time.monotonic()
+        if now - self._told >= AGAIN_SECONDS:
             os._exit(128 + number)
-        self._told = self.stop = True
+        self._told = min(self._told, now)
+        self.stop = True
 
     def _on_leave(self, number: int, frame: FrameType | None) -> None:
         self.stop = True

@@ -49,7 +49,8 @@ def run_train(text, tmp_path, monkeypatch):
         foreign = name.startswith(("SLURM_", "GRUBOROS_", "TORCHELASTIC_"))
         if foreign or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 

@@ -216,7 +216,7 @@ fourth
 @contextlib.contextmanager
 def undisturbed(folder: Path) -> Iterator[None]:
     """In that folder, on one thread, as nobody's rank; what train.py changes in this process is changed back."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     handlers, threads = {number: signal.getsignal(number) for number in numbers}, torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from runtime.errors import UserError
 from runtime.exhaustion import as_memory_error
 from runtime.files import atomic_write, atomic_writer, replace_symlink, stale_temporaries, temporary_name, write_once
 from runtime.ranks import Identity, identity_from_environment
+from runtime.signals import AGAIN_SECONDS
 from training.setup import check_environment
 
 ROOT = Path(__file__).parent.parent
@@ -383,14 +385,20 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def listener():
-    process = subprocess.Popen(
-        [sys.executable, "-c", LISTENER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdout.readline() == "ready\n"
-    yield process
-    process.kill()
-    process.communicate()
+def listen():
+    """Starts a listener, under `prefix`."""
+    started = []
+
+    def start(*prefix):
+        command = [*prefix, sys.executable, "-c", LISTENER]
+        started.append(subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert started[-1].stdout.readline() == "ready\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def flags_of(process):
@@ -399,24 +407,29 @@ def flags_of(process):
     return process.stdout.readline().split()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_signals_stop_once_is_a_flag_and_twice_leaves_now(listener, number):
+def test_signals_stop_however_many_at_once_is_a_flag_and_again_later_leaves_now(listen):
+    stops = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    listeners = {number: listen() for number in stops}
+    for number, listener in listeners.items():
+        assert flags_of(listener) == ["False", "False"]
+        for each in (number, *stops):  # as a service that is stopped, and its launcher, send it
+            listener.send_signal(each)
+        assert flags_of(listener) == ["True", "False"]
+        assert flags_of(listener) == ["True", "False"]
+    time.sleep(AGAIN_SECONDS)
+    for number, listener in listeners.items():
+        listener.send_signal(number)
+        assert listener.wait() == 128 + number
+
+
+def test_signals_hangup_is_ignored_under_nohup(listen):
+    listener = listen("nohup")
+    listener.send_signal(signal.SIGHUP)
     assert flags_of(listener) == ["False", "False"]
-    listener.send_signal(number)
-    assert flags_of(listener) == ["True", "False"]
-    assert flags_of(listener) == ["True", "False"]
-    listener.send_signal(number)
-    assert listener.wait() == 128 + number
 
 
-def test_signals_two_kinds_of_stop_are_two(listener):
-    listener.send_signal(signal.SIGTERM)
-    assert flags_of(listener) == ["True", "False"]
-    listener.send_signal(signal.SIGINT)
-    assert listener.wait() == 128 + signal.SIGINT
-
-
-def test_signals_save_is_taken_once_and_stops_nothing(listener):
+def test_signals_save_is_taken_once_and_stops_nothing(listen):
+    listener = listen()
     for _ in range(2):
         listener.send_signal(signal.SIGUSR1)
         assert flags_of(listener) == ["False", "True"]

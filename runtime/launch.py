@@ -31,7 +31,7 @@ from runtime.arguments import ArgumentParser, normalise_flags, run_main
 from runtime.errors import UserError
 from runtime.locality import bound, parse_cores
 from runtime.ranks import BEGAN, LAUNCHER, Identity, identity_from_environment
-from runtime.relay import RepeatFilter, relay, write
+from runtime.relay import RepeatFilter, Teller, relay
 from runtime.supervise import LONGEST_PAUSE, USER_ERROR, Lives, RestartPolicy
 
 # What the launcher is sent -> what each rank is sent. A closed terminal asks the ranks to save and leave.
@@ -73,9 +73,10 @@ class Launcher:
         self._running: dict[int, subprocess.Popen] = {}
         self._relays: list[threading.Thread] = []
         self._errors = RepeatFilter()
+        self._teller = Teller(2)
         self._mistaken: list[int] = []  # ranks that ended by a user's mistake, of which nothing was said yet
         self._tell_at = math.inf
-        # Signal handlers and waiting threads only put things here; the main thread alone acts on them.
+        # Other threads only put things here; the main thread alone acts on them.
         self._events: queue.SimpleQueue[signal.Signals | int] = queue.SimpleQueue()
 
     def run(self) -> int:
@@ -84,10 +85,7 @@ class Launcher:
         0 if every rank's last process exited with 0, 2 if any exited with 2, else that of the first rank to be lost
         (128 + signal).
         """
-        for number in self._forwarded:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup
-            signal.signal(number, lambda received, _: self._events.put(signal.Signals(received)))
+        self._listen()
         for place in range(len(self._lives)):
             self._start(place)
         while self._running or self._next_start() < math.inf:
@@ -102,11 +100,28 @@ class Launcher:
                 self._forward(self._forwarded[event])
             else:
                 self._reap(event)
-        for thread in self._relays:
-            thread.join(DRAIN_SECONDS)  # a process that a rank left behind may hold the pipe for ever
+        drained = time.monotonic() + DRAIN_SECONDS
+        for thread in self._relays:  # a process that a rank left behind may hold the pipe for ever
+            thread.join(max(0.0, drained - time.monotonic()))
         self._tell_of_mistakes()
+        self._teller.close(DRAIN_SECONDS)
         in_order = sorted(self._lives, key=lambda lives: lives.ended)
         return exit_status([lives.status for lives in in_order if lives.status != 0])
+
+    def _listen(self) -> None:
+        # A handler in Python would run in the main thread: after its next event, if it was just about to wait for one.
+        received, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told)
+        for number in self._forwarded:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda *_: None)
+
+        def listen() -> None:
+            while True:
+                self._events.put(signal.Signals(*os.read(received, 1)))
+
+        threading.Thread(target=listen, daemon=True).start()
 
     def _next_start(self) -> float:
         return min((lives.due for lives in self._lives if lives.due is not None), default=math.inf)
@@ -162,7 +177,7 @@ class Launcher:
             return
         for identity, lives in zip(self._identities, self._lives, strict=True):
             if lives.stop():
-                write(2, b"rank %d: restart cancelled, asked to stop\n" % identity.rank)
+                self._teller.tell(f"rank {identity.rank}: restart cancelled, asked to stop")
 
     def _reap(self, place: int) -> None:
         status = self._running.pop(place).wait()
@@ -178,12 +193,12 @@ class Launcher:
             self._mistaken.append(rank)
             self._tell_at = min(self._tell_at, time.monotonic() + GATHER_SECONDS)
         elif status != 0:
-            write(2, f"rank {rank} {how}{outlook}\n".encode())
+            self._teller.tell(f"rank {rank} {how}{outlook}")
 
     def _tell_of_mistakes(self) -> None:
         if self._mistaken:
             who = f"rank{'s' * (len(self._mistaken) > 1)} {', '.join(map(str, sorted(self._mistaken)))}"
-            write(2, f"{who} exited with status {USER_ERROR}: not restarted, since that would not help\n".encode())
+            self._teller.tell(f"{who} exited with status {USER_ERROR}: not restarted, since that would not help")
         self._mistaken, self._tell_at = [], math.inf
 
 

@@ -1,12 +1,16 @@
-"""What the ranks of one launcher say, line by line: marked with the rank, and said once though all say it."""
+"""What the ranks of one launcher say, line by line: marked with the rank, and said once though all say it; and what the
+launcher says."""
 
 import collections
+import contextlib
 import os
+import queue
 import threading
 from typing import BinaryIO
 
 LONGEST_LINE = 64 * 1024  # bytes
 REMEMBERED_LINES = 4096
+WAITING_LINES = 1000
 
 
 class RepeatFilter:
@@ -35,6 +39,31 @@ def relay(rank: int, source: BinaryIO, sink: int, news: RepeatFilter | None) -> 
             line = line.rstrip(b"\r\n")
             if news is None or news.is_news(rank, line):
                 write(sink, b"[rank %d] %s\n" % (rank, line))
+
+
+class Teller:
+    """Writes the launcher's own lines on a thread: a reader that stops reading holds that up, and no rank's restart."""
+
+    def __init__(self, sink: int) -> None:
+        self._waiting: queue.Queue[bytes | None] = queue.Queue(WAITING_LINES)
+        # A daemon: the launcher's end must not wait for a reader for ever.
+        self._thread = threading.Thread(target=self._run, args=(sink,), daemon=True)
+        self._thread.start()
+
+    def tell(self, line: str) -> None:
+        """Never waits: a line that comes while WAITING_LINES wait already is lost."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(f"{line}\n".encode())
+
+    def close(self, seconds: float) -> None:
+        """Wait until all is written, `seconds` at most."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(None)
+        self._thread.join(seconds)
+
+    def _run(self, sink: int) -> None:
+        while (line := self._waiting.get()) is not None:
+            write(sink, line)
 
 
 def write(sink: int, content: bytes) -> None:

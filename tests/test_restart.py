@@ -1,3 +1,4 @@
+import fcntl
 import os
 import re
 import signal
@@ -131,6 +132,20 @@ def test_restart_of_a_killed_rank_alone_and_signals_reach_its_new_process(launch
     process.send_signal(signal.SIGTERM)
     assert process.communicate() == ("", "")
     assert process.returncode == 0
+
+
+def test_restart_and_signals_do_not_wait_for_a_reader_that_stops_reading(launch):
+    reader, writer = os.pipe()
+    filled = os.write(writer, b"x" * fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096))
+    process = launch("life == 0 and os._exit(7); signal.sigwait(stops); say('asked')", ranks=1, stderr=writer)
+    os.close(writer)
+    next_lives(process, (0, 0), (0, 1))
+    process.send_signal(signal.SIGTERM)
+    expect_lines(process, "asked")
+    with open(reader) as errors:
+        assert errors.read(filled) == "x" * filled
+        assert errors.read() == "rank 0 exited with status 7: restart 1 of at most 5 in 0.0 s\n"
+    assert process.wait() == 0
 
 
 @pytest.mark.injects(Injection.CRASH_LOOP)

@@ -25,6 +25,8 @@ from training.options import OptimizerOptions
 ROOT = Path(__file__).resolve().parent
 NVIDIA = ("nvidia-smi", "--query-gpu=index,name,driver_version,memory.total,memory.used", "--format=csv,noheader")
 AMD = ("rocm-smi", "--showproductname", "--showdriverversion", "--showmeminfo", "vram", "--csv")
+TOOLS = {"NVIDIA": NVIDIA, "AMD": AMD}
+TOOL_SECONDS = 60.0
 TOLERANCE = 1e-3  # of a product of 512 terms in float32, for reduced-precision matrix units too
 # (B, T, E): on any GPU the first is run through as a whole, and the second in segments of time.
 SCANS = {"scan": (2, 100, 96), "scan in segments": (2, 1024, 96)}
@@ -57,14 +59,13 @@ def main(argv: list[str]) -> int:
             failures.append(what)
             print(f"{what}: FAILED: {str(error).strip() or type(error).__name__}", flush=True)
 
-    kind, listed = list_devices()
-    for line in listed:
-        print(f"{kind}: {line}")
+    kind = next((kind for kind, tool in TOOLS.items() if shutil.which(tool[0])), "none")
+    attempt(kind, lambda: list_devices(kind))
     attempt("torch", lambda: torch_build(kind))
     seen = torch.cuda.device_count()
     for number in range(seen):
         device = torch.device("cuda", number)
-        attempt(f"device {number}, {torch.cuda.get_device_name(number)}", lambda device=device: compute(device))
+        attempt(f"device {number}", lambda device=device: f"{torch.cuda.get_device_name(device)}, {compute(device)}")
     attempt("cpu", lambda: compute(torch.device("cpu")))
     attempt(f"scratch {options.scratch}", lambda: free_space(Path(options.scratch)))
     attempt(f"output {options.output}", lambda: free_space(Path(options.output)))
@@ -81,16 +82,19 @@ def main(argv: list[str]) -> int:
     return 3
 
 
-def list_devices() -> tuple[str, list[str]]:
-    """Whose GPUs the driver's own tool lists, "NVIDIA", "AMD" or "none", and its lines."""
-    for kind, command in (("NVIDIA", NVIDIA), ("AMD", AMD)):
-        if shutil.which(command[0]) is None:
-            continue
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            return kind, [f"{command[0]} failed: {(done.stderr or done.stdout).strip()}"]
-        return kind, [line for line in done.stdout.splitlines() if line.strip()]
-    return "none", ["neither nvidia-smi nor rocm-smi is here"]
+def list_devices(kind: str) -> str:
+    """What the driver's own tool lists, each line after the first marked with `kind`. Raises ValueError if it fails,
+    TimeoutExpired if it hangs."""
+    if kind == "none":
+        return "neither nvidia-smi nor rocm-smi is here"
+    tool = subprocess.Popen(TOOLS[kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        listed, said = tool.communicate(timeout=TOOL_SECONDS)
+    finally:
+        tool.kill()  # and not awaited: it may hang in the driver, where no signal reaches it
+    if tool.returncode != 0:
+        raise ValueError(f"{tool.args[0]} failed: {(said or listed).strip()}")
+    return f"\n{kind}: ".join(line for line in listed.splitlines() if line.strip())
 
 
 def torch_build(kind: str) -> str:

@@ -245,14 +245,31 @@ def test_check_gpus_tells_of_a_torch_that_does_not_go_with_the_driver(project):
     assert done.stdout.splitlines()[-1] == "failed: torch"
 
 
+def test_check_gpus_tells_of_a_tool_that_hangs_and_of_devices_that_cannot_be_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", fake(tmp_path, "nvidia-smi", "exec sleep 60")["PATH"])
+    monkeypatch.setattr(check_gpus, "TOOL_SECONDS", 0.1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # NVML's word, which needs no working driver
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def broken(device):
+        raise RuntimeError("CUDA unknown error")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", broken)
+    assert check_gpus.main(["--no_ranks"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"NVIDIA: FAILED: .*nvidia-smi.* timed out after 0.1 seconds", lines[0])
+    assert "device 1: FAILED: CUDA unknown error" in lines
+    assert lines[-1] == "failed: NVIDIA, torch, device 0, device 1"
+
+
 def test_check_gpus_tells_of_a_driver_that_fails_and_of_ranks_that_do_not_meet(project):
     broken = fake(project, "nvidia-smi", "echo 'Driver/library version mismatch' >&2; exit 18")
     flags = ["--gossip_host", "nowhere0", "--output", "/proc/absent"]
     done = call(project, "check_gpus.sh", *flags, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", **broken)
     assert done.returncode == 1
-    assert "NVIDIA: nvidia-smi failed: Driver/library version mismatch" in done.stdout
+    assert "NVIDIA: FAILED: nvidia-smi failed: Driver/library version mismatch" in done.stdout
     assert "two ranks at nowhere0: FAILED: " in done.stdout
-    assert done.stdout.splitlines()[-1] == "failed: torch, output /proc/absent, two ranks at nowhere0"
+    assert done.stdout.splitlines()[-1] == "failed: NVIDIA, torch, output /proc/absent, two ranks at nowhere0"
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "rocm-reqs.txt"])

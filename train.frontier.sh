@@ -38,7 +38,8 @@ MIXING_RATE=${MIXING_RATE:-0.01}
 MERGE_METHOD=${MERGE_METHOD:-recombination}
 ALPHA=${ALPHA:-0.3}
 CORPUS=${CORPUS:-corpus/python_stdlib.txt}
-# VENV: the environment to stage. NVME: the node-local disk. MODULES: loaded where there is a module command.
+# VENV: the environment to stage. NVME: a folder on the node-local disk, made if need be. MODULES: loaded where there is
+# a module command.
 VENV=${VENV:-.venv}
 NVME=${NVME:-/mnt/bb/${USER:-$(id -un)}}
 MODULES=${MODULES-PrgEnv-gnu rocm craype-accel-amd-gfx90a}
@@ -65,7 +66,7 @@ if ! given --resume; then
     GOSSIP_HOST=${GOSSIP_HOST:-hsn0}
 fi
 
-say() { echo "$(date '+%Y-%m-%d %H:%M:%S') $*" >&2; }
+say() { echo "$(date '+%Y-%m-%d %H:%M:%S') $*" >&2 || true; } # a log that cannot be written ends nothing
 
 if given --help -h; then
     sed -n '2,/^#SBATCH/{/^#SBATCH/d; s/^# \{0,1\}//; p}' train.frontier.sh
@@ -86,6 +87,11 @@ if [ -z "${SLURM_NTASKS_PER_NODE:-}" ]; then
     exit 2
 fi
 
+if ! [[ $SAVE_SECONDS =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: expected SAVE_SECONDS as whole seconds, got '$SAVE_SECONDS': give it as 480" >&2
+    exit 2
+fi
+
 if type module >/dev/null 2>&1; then
     set +u # the functions behind it are not written for -u
     # shellcheck disable=SC2086  # words, not one word
@@ -100,41 +106,62 @@ fi
 choose_run "runs/frontier_$SLURM_JOB_ID"
 ranks=$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))
 
-# The time limit is near: every rank is asked to save and leave, by a signal that does no harm if it comes twice.
-requeue=0 deadline=$((1 << 60)) mark=logs/saving_$SLURM_JOB_ID
+# The time limit is near: every rank is asked to save and leave, by a signal that does no harm if it comes twice. What
+# failed here would end the job before it is requeued.
+requeue=0 deadline=$((1 << 60))
 near_the_limit() {
-    say "the time limit is near: every rank saves and leaves"
     requeue=1 deadline=$((SECONDS + SAVE_SECONDS))
-    touch "$mark"
+    printf -v asked '%(%s)T' -1
     scancel --signal=USR2 "$SLURM_JOB_ID" || say "warning: the ranks could not be told"
+    say "the time limit is near: every rank saves and leaves"
 }
 trap near_the_limit USR1
 # scancel, and the limit itself: Slurm tells the ranks as well, which save and leave; this waits for them.
 trap 'say "asked to end: every rank saves and leaves"' TERM
 
-# Hundreds of ranks that import torch from a shared filesystem take minutes: each node gets a copy of its own.
+# Hundreds of ranks that import torch from a shared filesystem take minutes: each node gets a copy of its own, in a
+# folder of this job's, since another may share the node. Where that fails, the node's ranks take the shared one.
+NVME=$NVME/gruboros_$SLURM_JOB_ID
+on_each_node() { # SECONDS SCRIPT [ARGUMENT]
+    # When a node has died: no number of tasks, which would not fit those that are left, and no wait for its last step.
+    timeout "$1" env -u SLURM_NTASKS -u SLURM_NPROCS \
+        srun --overlap --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 --wait=0 bash -c "$2" "$NVME" "${@:3}"
+}
+# shellcheck disable=SC2016  # for the nodes to expand, here and below
+clear_nodes() { on_each_node 30 'rm -rf "$0"' || say "warning: $NVME may be left on a node"; }
 say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $ranks ranks on $SLURM_JOB_NODELIST, in $RUN_DIR"
-archive=$NVME/environment_$SLURM_JOB_ID.tar
-tar -C "$VENV" -cf "$archive.made" .
-sbcast --force "$archive.made" "$archive"
-rm "$archive.made"
-srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --no-kill bash -c '
+# shellcheck disable=SC2016
+on_each_node 600 'rm -rf "$0"; mkdir -p "$0/cache/tmp" "$0/unpacked"' || true
+if tar -C "$VENV" -cf "$NVME/made.tar" .; then sbcast --force "$NVME/made.tar" "$NVME/venv.tar" || true; fi
+size=$(stat -c %s "$NVME/made.tar" || true)
+rm -f "$NVME/made.tar" || true
+# shellcheck disable=SC2016
+staged=$(on_each_node 600 '
     set -e
-    rm -rf "$0/venv" "$0/cache"
-    mkdir -p "$0/venv" "$0/cache/tmp"
-    tar -C "$0/venv" -xf "$1"
-    rm "$1"' "$NVME" "$archive"
-say "the environment is on every node"
-
-export TMPDIR=$NVME/cache/tmp XDG_CACHE_HOME=$NVME/cache TRITON_CACHE_DIR=$NVME/cache/triton
-export MIOPEN_USER_DB_PATH=$NVME/cache/miopen MIOPEN_CUSTOM_CACHE_DIR=$NVME/cache/miopen
+    [ "$(stat -c %s "$0/venv.tar")" = "$1" ] # sbcast may have stopped half-way
+    tar -C "$0/unpacked" -xf "$0/venv.tar"
+    rm "$0/venv.tar"
+    mv "$0/unpacked" "$0/venv"
+    echo staged' "$size" | grep -c '^staged$') || true
+if [ "$staged" = "$SLURM_NNODES" ]; then
+    say "the environment is on every node"
+else
+    say "warning: the environment is on $staged of $SLURM_NNODES nodes: the ranks of the others take it from $VENV"
+fi
 
 status=0
 if ! ((requeue)); then
     srun --no-kill --kill-on-bad-exit=0 --wait=0 --label --cpus-per-task="$SLURM_CPUS_PER_TASK" \
         --cpu-bind="$CPU_BIND" --gpu-bind="$GPU_BIND" \
-        "$NVME/venv/bin/python" -m runtime.launch --task \
-        -- train.py ${DEVICE:+"$DEVICE"} ${GOSSIP_HOST:+--gossip_host "$GOSSIP_HOST"} "${FLAGS[@]}" "$@" &
+        bash -c '
+            venv=$1
+            if [ -d "$0/venv" ]; then
+                venv=$0/venv
+                export TMPDIR=$0/cache/tmp XDG_CACHE_HOME=$0/cache TRITON_CACHE_DIR=$0/cache/triton
+                export MIOPEN_USER_DB_PATH=$0/cache/miopen MIOPEN_CUSTOM_CACHE_DIR=$0/cache/miopen
+            fi
+            exec "$venv/bin/python" -m runtime.launch --task -- train.py "${@:2}"' "$NVME" "$VENV" \
+        ${DEVICE:+"$DEVICE"} ${GOSSIP_HOST:+--gossip_host "$GOSSIP_HOST"} "${FLAGS[@]}" "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null && ((SECONDS < deadline)); do
         # A signal ends the wait, but not the step.
@@ -144,11 +171,14 @@ fi
 
 if ((requeue)); then
     # A folder that is not there yet, or a file that goes meanwhile, must not keep the job from being requeued.
-    saved=$({ find "$RUN_DIR" -maxdepth 1 -name 'checkpoint_rank_*.pt' -newer "$mark" 2>/dev/null || true; } |
-        sed 's/.*checkpoint_rank_\([0-9]*\).*/\1/' | sort -u | wc -l)
-    rm -f "$mark"
+    saved=$(find "$RUN_DIR" -maxdepth 1 -name 'checkpoint_rank_*.pt' -newermt "@$asked" 2>/dev/null |
+        sed 's/.*checkpoint_rank_\([0-9]*\).*/\1/' | sort -u | wc -l) || true
     say "$saved of $ranks ranks have saved since"
-    if ((SECONDS >= deadline)); then say "warning: not every rank has left in $SAVE_SECONDS s"; fi
+    if ((SECONDS >= deadline)); then
+        say "warning: not every rank has left in $SAVE_SECONDS s"
+    else
+        clear_nodes
+    fi
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         say "error: not requeued: go on by sbatch train.frontier.sh --resume $RUN_DIR"
         exit 1
@@ -156,5 +186,6 @@ if ((requeue)); then
     exit 0
 fi
 wait "$step" || status=$?
+clear_nodes
 "$VENV_PYTHON" watch.py "$RUN_DIR" --once || status=$((status ? status : $?))
 exit "$status"

@@ -81,12 +81,16 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Start the daemon of a node, with an empty disk, and wait until jobs can run there."""
-        disk = self.folder / f"disk.{node}"
+        (disk,) = self.disks([node])
         shutil.rmtree(disk, ignore_errors=True)
         disk.mkdir()
         mount = 'mount --bind "$0" "$1" && exec slurmd -D -N "$2"'
         self._nodes[node] = self._daemon("unshare", "--mount", "sh", "-c", mount, str(disk), str(self.nvme), node)
         eventually(lambda: self.run("sinfo", "--noheader", "--nodes", node, "--format=%T").strip() == "idle", 30)
+
+    def disks(self, nodes: list[str]) -> list[Path]:
+        """What is the folder nvme of each of these nodes."""
+        return [self.folder / f"disk.{node}" for node in nodes]
 
     def kill_node(self, node: str) -> None:
         """End everything that runs on a node at once: its daemon, steps and tasks."""

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -18,7 +19,7 @@ from mingru.scan import scan
 from tests.hosts import network
 from tests.population import TALKS
 from tests.projects import make_project
-from tests.ranks import FLAGS, ROOT, World, clean_environment
+from tests.ranks import FLAGS, ROOT, World, clean_environment, eventually
 from tests.synthetic_run import write_run
 
 SECRET = "5e" * 32
@@ -181,6 +182,53 @@ def test_train_frontier_outside_a_job_explains_itself(project):
     assert within.returncode == 2 and within.stderr.startswith("error: expected a job of sbatch with --ntasks-per-node")
 
 
+# A job of one node, without Slurm: srun runs what it is given here, scancel reaches the rank, and all write down calls.
+STUBS = {
+    "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
+    "sbcast": "exit 1",
+    "scancel": 'echo "scancel $*" >> calls; kill -USR2 "$(cat rank)"; exit 1',
+    "scontrol": 'echo "scontrol $*" >> calls',
+}
+SAVES_AND_LEAVES = """
+import os, pathlib, signal
+signal.alarm(60)  # no orphan outlives a failed test
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+pathlib.Path("pid").write_text(str(os.getpid()))
+os.rename("pid", "rank")
+signal.sigwait([signal.SIGUSR2])
+"""
+
+
+def test_train_frontier_is_requeued_though_nothing_can_be_staged_told_or_written_down(project, text):
+    for name, script in STUBS.items():
+        path = fake(project, name, script, shell="/bin/bash")
+    (project / "train.py").unlink()
+    (project / "train.py").write_text(SAVES_AND_LEAVES)
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "1",
+           "SLURM_JOB_NODELIST": "here", "SLURM_PROCID": "0", "SLURM_NPROCS": "1", "SLURM_LOCALID": "0",
+           "NVME": "/proc/absent"}  # fmt: skip
+    with open("/dev/full", "w") as full:
+        script = subprocess.Popen(
+            [project / "train.frontier.sh", "--data", text], cwd=project, env=clean_environment() | path | job,
+            stdout=full, stderr=full,
+        )  # fmt: skip
+    try:
+        eventually(lambda: (project / "rank").exists() or script.poll() is not None, 60)
+        script.send_signal(signal.SIGUSR1)
+        assert script.wait(60) == 0
+    finally:
+        script.kill()
+        script.wait()
+    assert (project / "calls").read_text() == "scancel --signal=USR2 7\nscontrol requeue 7\n"
+
+
+def test_train_frontier_names_a_setting_that_is_no_number(project):
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "1"}
+    done = call(project, "train.frontier.sh", SAVE_SECONDS="8m", **job)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: expected SAVE_SECONDS as whole seconds, got '8m': give it as 480\n"
+
+
 def test_train_cuda_trains_with_the_settings_of_the_environment(project, text):
     settings = {"RANKS": "2", "CORES": "0", "DEVICE": "--cpu", "MODEL": "--dim 16 --depth 2", "CHUNK_SIZE": "32"}
     arguments = ["--data", str(text), "--output", "runs/box", "--train_steps", "40", "--batch_size", "2"]
@@ -204,10 +252,10 @@ def test_train_cuda_without_a_gpu_says_so(project, text):
     assert done.stderr.splitlines()[-1].startswith("error: expected an NVIDIA GPU that torch can use, got none")
 
 
-def fake(folder: Path, name: str, script: str) -> dict[str, str]:
+def fake(folder: Path, name: str, script: str, shell: str = "/bin/sh") -> dict[str, str]:
     """A program of that name before all others on the path."""
-    (folder / "bin").mkdir()
-    (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / name).write_text(f"#!{shell}\n{script}\n")
     (folder / "bin" / name).chmod(0o755)
     return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ class Job(World):
     def __init__(self, slurm: Cluster, cwd: Path, text: Path, tasks: int, *flags: str, options: tuple = ()) -> None:
         super().__init__(cwd, text, 2 * tasks, run="runs/run")
         self.slurm = slurm
-        made = {"VENV": cwd / "venv", "NVME": slurm.nvme, "DEVICE": "--cpu", "GOSSIP_HOST": slurm.address}
+        self.nvme = slurm.nvme / "made"  # by the job
+        made = {"VENV": cwd / "venv", "NVME": self.nvme, "DEVICE": "--cpu", "GOSSIP_HOST": slurm.address}
         settings = {name: str(value) for name, value in made.items()}
         command = ["sbatch", "--parsable", "--nodes=2", f"--ntasks-per-node={tasks}", *options, "train.frontier.sh"]
         arguments = [*TINY[:-3], "--data", str(text), "--val_bytes", "512", *FLAGS, "--output", "runs/run", *flags]
@@ -90,6 +92,10 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if entry)
 
 
+def python_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
+
+
 def test_slurm_job_trains_each_rank_on_its_gpu_from_its_nodes_disk(submit, slurm):
     job = submit(2, "--train_steps", "300")
     job.trains()
@@ -98,9 +104,10 @@ def test_slurm_job_trains_each_rank_on_its_gpu_from_its_nodes_disk(submit, slurm
         assert told["ROCR_VISIBLE_DEVICES"] == str([4, 5][rank % 2])
         assert told["SLURMD_NODENAME"] == NODES[rank // 2]
         assert (told["RANK"], told["LOCAL_RANK"], told["LOCAL_WORLD_SIZE"]) == (str(rank), str(rank % 2), "2")
-        assert told["TRITON_CACHE_DIR"] == f"{slurm.nvme}/cache/triton"
-        assert Path(f"/proc/{job.pid(rank)}/cmdline").read_text().startswith(f"{slurm.nvme}/venv/bin/python")
+        assert told["TRITON_CACHE_DIR"] == f"{job.nvme}/gruboros_{job.id}/cache/triton"
+        assert python_of(job.pid(rank)) == f"{job.nvme}/gruboros_{job.id}/venv/bin/python"
     assert job.ends() == "COMPLETED"
+    assert [os.listdir(disk / "made") for disk in slurm.disks(NODES[:2])] == [[], []]
     assert job.saved() == [0, 1, 2, 3] and {file.step for file in job.checkpoints()} == {300}
     assert any(job.events(rank, "sent", "merged") for rank in range(4))
     assert slurm.job(job.id)["Restarts"] == "0"
@@ -156,9 +163,16 @@ def test_slurm_job_whose_time_is_short_before_there_is_a_run_is_requeued_too(sub
     assert slurm.job(job.id)["Restarts"] == "1" and job.saved() == [0, 1]
 
 
-def test_slurm_job_that_is_cancelled_saves_first(submit, slurm):
+def test_slurm_job_that_is_cancelled_saves_first_and_does_without_a_nodes_disk(submit, slurm):
+    (disk,) = slurm.disks(NODES[1:2])
+    shutil.rmtree(disk / "made", ignore_errors=True)
+    (disk / "made").touch()  # no folder can be made there
     job = submit(1, *FOREVER)
     job.trains()
+    (disk / "made").unlink()
+    assert python_of(job.pid(0)) == f"{job.nvme}/gruboros_{job.id}/venv/bin/python"
+    assert python_of(job.pid(1)) == f"{job.cwd}/venv/bin/python"
+    assert "warning: the environment is on 1 of 2 nodes: the ranks of the others take it from" in job.said()
     assert job.saved() == []
     slurm.run("scancel", job.id)
     assert job.ends() == "CANCELLED"

@@ -94,9 +94,10 @@ static void add(float *restrict x, const float *restrict branch, const float *re
         for (int64_t d = from; d < to; d++) x[n * s->D + d] += branch[n * s->D + d] + (bias ? bias[d] : 0.0f);
 }
 
-/* Sixteen float32, anywhere in memory; and as many bfloat16. */
+/* Sixteen float32, anywhere in memory; as many pairs of bfloat16; and as many bfloat16. */
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint32_t Pairs __attribute__((vector_size(64), aligned(2), may_alias));
 typedef bf16 Halves __attribute__((vector_size(32), aligned(2), may_alias));
 
 static inline Floats floats_of_float(const float *p) { return *(const Floats *)p; }
@@ -105,15 +106,71 @@ static inline Floats floats_of_bf16(const bf16 *p) {
     return (Floats)(__builtin_convertvector(*(const Halves *)p, Words) << 16);
 }
 
+/* The numbers of v at the given places. */
+#ifdef __clang__
+#define TURNED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+typedef int32_t Places __attribute__((vector_size(64)));
+#define TURNED(v, ...) __builtin_shuffle(v, (Places){__VA_ARGS__})
+#endif
+
 static inline float total(Floats v) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < 16; i++) sum += v[i];
-    return sum;
+    v += TURNED(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += TURNED(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += TURNED(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += TURNED(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return v[0];
 }
 
-/* How many rows ahead of their use the weights are fetched: a Zen 5 reads the lines of a matrix faster when asked for
-   them, which had cost a Xeon with AMX time (docs/performance.md). */
+/* A row of a matrix times a lone lane's x, four sums in flight. The processor fetches ahead by itself. */
+static inline float dot_float(const float *restrict w, const float *restrict x, int64_t columns, const float *soon) {
+    (void)soon;
+    Floats sum[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 64 <= columns; i += 64)
+        for (int k = 0; k < 4; k++) sum[k] += floats_of_float(w + i + 16 * k) * floats_of_float(x + i + 16 * k);
+    float rest = 0.0f;
+    for (; i < columns; i++) rest += w[i] * x[i];
+    return total((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+static inline const float *arrange_float(const float *x, float *space, int64_t columns) {
+    (void)space, (void)columns;
+    return x;
+}
+
+/* The same in bfloat16, two neighbours at a time: of 32 bits the upper half is the second as it is, the lower half,
+   moved up, the first. x as arrange_bf16() leaves it. The row at `soon` is fetched meanwhile. */
+static inline float dot_bf16(const bf16 *restrict w, const float *restrict x, int64_t columns, const bf16 *soon) {
+    Floats first[2] = {{0}}, second[2] = {{0}};
+    int64_t i = 0;
+    for (; i + 64 <= columns; i += 64)
+        for (int k = 0; k < 2; k++) {
+            __builtin_prefetch(soon + i + 32 * k);
+            Words pairs = *(const Pairs *)(w + i + 32 * k);
+            first[k] += (Floats)(pairs << 16) * floats_of_float(x + i + 32 * k);
+            second[k] += (Floats)(pairs & 0xffff0000u) * floats_of_float(x + i + 32 * k + 16);
+        }
+    float rest = 0.0f;
+    for (; i < columns; i++) rest += load_bf16(w + i) * x[i];
+    return total((first[0] + first[1]) + (second[0] + second[1])) + rest;
+}
+
+/* x in `space`, of each 32 numbers those with even places before the others, in blocks of 64; the rest as it was. */
+static inline const float *arrange_bf16(const float *restrict x, float *restrict space, int64_t columns) {
+    int64_t i = 0;
+    for (; i + 64 <= columns; i += 64)
+        for (int64_t half = i; half < i + 64; half += 32)
+            for (int64_t j = 0; j < 16; j++) {
+                space[half + j] = x[half + 2 * j];
+                space[half + 16 + j] = x[half + 2 * j + 1];
+            }
+    memcpy(space + i, x + i, (columns - i) * sizeof(float));
+    return space;
+}
+
+/* How many rows ahead of their use weights are fetched: an AMD reads the lines of a matrix faster when asked for them,
+   which had cost a Xeon with AMX time (docs/performance.md). */
 static int64_t rows_ahead(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -123,19 +180,20 @@ static int64_t rows_ahead(void) {
 #endif
 }
 
-/* A tile of a product, R rows by L lanes, K sums in flight of each: out[n * rows + r] = w[r] . x[n]. The weights that
-   lie `ahead` items further on are fetched meanwhile. */
+/* A tile of a product, R rows by L lanes, K sums in flight of each: out[n * rows + r] = w[r] . x[n]. The R rows at
+   `soon` are fetched meanwhile. */
 #define TILE(TYPE, R, L, K)                                                                                            \
     static inline void tile_##TYPE##_##R##_by_##L(const TYPE *restrict w, const float *restrict x,                     \
-                                                  float *restrict out, int64_t columns, int64_t rows, int64_t ahead) { \
+                                                  float *restrict out, int64_t columns, int64_t rows,                  \
+                                                  const TYPE *soon) {                                                  \
         Floats sum[R][L][K] = {{{{0}}}};                                                                               \
         int64_t i = 0;                                                                                                 \
         for (; i + 16 * K <= columns; i += 16 * K)                                                                     \
             for (int k = 0; k < K; k++)                                                                                \
                 for (int r = 0; r < R; r++) {                                                                          \
-                    const TYPE *p = w + r * columns + i + 16 * k;                                                      \
-                    __builtin_prefetch(p + ahead);                                                                     \
-                    Floats weights = floats_of_##TYPE(p);                                                              \
+                    int64_t at = r * columns + i + 16 * k;                                                             \
+                    __builtin_prefetch(soon + at);                                                                     \
+                    Floats weights = floats_of_##TYPE(w + at);                                                         \
                     for (int n = 0; n < L; n++)                                                                        \
                         sum[r][n][k] += weights * floats_of_float(x + n * columns + i + 16 * k);                       \
                 }                                                                                                      \
@@ -154,71 +212,84 @@ static int64_t rows_ahead(void) {
     TILE(TYPE, 4, 1, 2)                                                                                                \
     TILE(TYPE, 1, 1, 4)                                                                                                \
                                                                                                                        \
-    /* The rows from ... to of out (N, rows) = matrix x; x is (N, columns). A lone lane of float32 is bound by memory, \
-       which likes to be read in one go, row by row; one of bfloat16 reads x once for four rows. */                    \
+    /* The rows from ... to of out (N, rows) = matrix x; x is (N, columns). next: what this thread reads after them,   \
+       fetched towards their end; space: columns floats of this thread. */                                             \
     static void apply_##TYPE(const void *matrix, const float *x, float *out, int64_t from, int64_t to, int64_t rows,   \
-                             int64_t columns, int64_t N) {                                                             \
-        int64_t ahead = rows_ahead() * columns, r = from;                                                              \
-        for (; r + 4 <= to && (N > 1 || sizeof(TYPE) == 2); r += 4) {                                                  \
-            const TYPE *w = (const TYPE *)matrix + r * columns;                                                        \
+                             int64_t columns, int64_t N, const TYPE *next, float *space) {                             \
+        int64_t ahead = rows_ahead(), r = from;                                                                        \
+        const TYPE *w = (const TYPE *)matrix + from * columns, *last = w + (to - from - ahead) * columns;              \
+        for (; N > 1 && r + 4 <= to; r += 4, w += 4 * columns) {                                                       \
+            const TYPE *soon = w < last ? w + ahead * columns : next + (w - last);                                     \
             int64_t n = 0;                                                                                             \
             for (; n + 4 <= N; n += 4)                                                                                 \
-                tile_##TYPE##_4_by_4(w, x + n * columns, out + n * rows + r, columns, rows, n ? 0 : ahead);            \
+                tile_##TYPE##_4_by_4(w, x + n * columns, out + n * rows + r, columns, rows, n ? w : soon);             \
             for (; n < N; n++)                                                                                         \
-                tile_##TYPE##_4_by_1(w, x + n * columns, out + n * rows + r, columns, rows, n ? 0 : ahead);            \
+                tile_##TYPE##_4_by_1(w, x + n * columns, out + n * rows + r, columns, rows, n ? w : soon);             \
         }                                                                                                              \
-        for (; r < to; r++)                                                                                            \
-            for (int64_t n = 0; n < N; n++)                                                                            \
-                tile_##TYPE##_1_by_1((const TYPE *)matrix + r * columns, x + n * columns, out + n * rows + r, columns, \
-                                     rows, n ? 0 : ahead);                                                             \
+        if (N == 1) x = arrange_##TYPE(x, space, columns);                                                             \
+        for (; r < to; r++, w += columns) {                                                                            \
+            if (N == 1)                                                                                                \
+                out[r] = dot_##TYPE(w, x, columns, w < last ? w + ahead * columns : next + (w - last));                \
+            else                                                                                                       \
+                for (int64_t n = 0; n < N; n++)                                                                        \
+                    tile_##TYPE##_1_by_1(w, x + n * columns, out + n * rows + r, columns, rows, w);                    \
+        }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
-    /* hidden (layers, N, E) and past (layers, N, K - 1, D) move on by one step; logits (N, V).                        \
-       scratch: N * (3D + 2E + F + D threads) floats. ids: tokens below the embedding's rows. */                       \
+    /* hidden (layers, N, E) and past (layers, N, K - 1, D) move on by one step; logits (N, V). scratch:               \
+       N * (3D + 2E + F) + threads * (N * D + max(D, E, F)) floats. ids: tokens below the embedding's rows. */         \
     void decode_step_##TYPE(const Shape *s, const Layer *layers, const float *embedding, const float *last_norm,       \
                             const void *to_logits, const int64_t *ids, float *hidden, float *past, float *logits,      \
                             float *scratch, int64_t threads) {                                                         \
-        int64_t N = s->N, D = s->D, E = s->E, F = s->F;                                                                \
+        int64_t N = s->N, D = s->D, E = s->E, F = s->F, longest = D > E ? D : E;                                       \
+        if (F > longest) longest = F;                                                                                  \
         float *x = scratch, *mixed = x + N * D, *branch = mixed + N * D, *projected = branch + N * D;                  \
-        float *wide = projected + N * 2 * E, *normals = wide + N * F;                                                  \
+        float *wide = projected + N * 2 * E, *own = wide + N * F;                                                      \
         for (int64_t n = 0; n < N; n++) memcpy(x + n * D, embedding + ids[n] * D, D * sizeof(float));                  \
         _Pragma("omp parallel num_threads(threads)") {                                                                 \
-            float *normal = normals + omp_get_thread_num() * N * D;                                                    \
-            int64_t from, to;                                                                                          \
-            for (const Layer *layer = layers; layer < layers + s->layers; layer++) {                                   \
+            float *normal = own + omp_get_thread_num() * (N * D + longest), *space = normal + N * D;                   \
+            int64_t d, d_end, e, e_end, f, f_end, v, v_end; /* this thread's rows of matrices of D, E, F and V rows */ \
+            share(D, 4, &d, &d_end), share(E, 16, &e, &e_end), share(F, 16, &f, &f_end), share(s->V, 4, &v, &v_end);   \
+            for (const Layer *layer = layers, *end = layers + s->layers; layer < end; layer++) {                       \
+                const TYPE *candidates = (const TYPE *)layer->hidden_and_gate + e * D, *gate = candidates + E * D;     \
+                const TYPE *below = layer + 1 == end ? (const TYPE *)to_logits + v * D                                 \
+                                    : s->K           ? (const TYPE *)layer[1].pointwise + d * D                        \
+                                                     : (const TYPE *)layer[1].hidden_and_gate + e * D;                 \
+                const TYPE *up = F ? (const TYPE *)layer->up + f * D : below;                                          \
+                const TYPE *outward = layer->out ? (const TYPE *)layer->out + d * E : up;                              \
                 float *h = hidden + (layer - layers) * N * E;                                                          \
                 if (s->K) {                                                                                            \
                     convolve(layer, x, past + (layer - layers) * N * (s->K - 1) * D, mixed, s);                        \
-                    share(D, 4, &from, &to);                                                                           \
-                    _Pragma("omp barrier") apply_##TYPE(layer->pointwise, mixed, branch, from, to, D, D, N);           \
-                    add(x, branch, layer->pointwise_bias, from, to, s);                                                \
-                    _Pragma("omp barrier")                                                                             \
+                    _Pragma("omp barrier");                                                                            \
+                    apply_##TYPE(layer->pointwise, mixed, branch, d, d_end, D, D, N, candidates, space);               \
+                    add(x, branch, layer->pointwise_bias, d, d_end, s);                                                \
+                    _Pragma("omp barrier");                                                                            \
                 }                                                                                                      \
                 normalise(x, layer->norm, normal, s);                                                                  \
-                share(E, 16, &from, &to);                                                                              \
-                apply_##TYPE(layer->hidden_and_gate, normal, projected, from, to, 2 * E, D, N);                        \
-                apply_##TYPE(layer->hidden_and_gate, normal, projected, E + from, E + to, 2 * E, D, N);                \
-                recur(projected, h, from, to, s);                                                                      \
-                _Pragma("omp barrier") if (layer->out) {                                                               \
-                    share(D, 4, &from, &to);                                                                           \
-                    apply_##TYPE(layer->out, h, branch, from, to, D, E, N);                                            \
-                    add(x, branch, 0, from, to, s);                                                                    \
-                }                                                                                                      \
-                else add(x, h, 0, from, to, s);                                                                        \
-                _Pragma("omp barrier") if (F) {                                                                        \
+                apply_##TYPE(layer->hidden_and_gate, normal, projected, e, e_end, 2 * E, D, N, gate, space);           \
+                apply_##TYPE(layer->hidden_and_gate, normal, projected, E + e, E + e_end, 2 * E, D, N, outward,        \
+                             space);                                                                                   \
+                recur(projected, h, e, e_end, s);                                                                      \
+                _Pragma("omp barrier");                                                                                \
+                if (layer->out) {                                                                                      \
+                    apply_##TYPE(layer->out, h, branch, d, d_end, D, E, N, up, space);                                 \
+                    add(x, branch, 0, d, d_end, s);                                                                    \
+                } else                                                                                                 \
+                    add(x, h, 0, e, e_end, s);                                                                         \
+                _Pragma("omp barrier");                                                                                \
+                if (F) {                                                                                               \
                     normalise(x, layer->ff_norm, normal, s);                                                           \
-                    share(F, 16, &from, &to);                                                                          \
-                    apply_##TYPE(layer->up, normal, wide, from, to, F, D, N);                                          \
-                    through_gelu(wide, layer->up_bias, from, to, s);                                                   \
-                    share(D, 4, &from, &to);                                                                           \
-                    _Pragma("omp barrier") apply_##TYPE(layer->down, wide, branch, from, to, D, F, N);                 \
-                    add(x, branch, layer->down_bias, from, to, s);                                                     \
-                    _Pragma("omp barrier")                                                                             \
+                    apply_##TYPE(layer->up, normal, wide, f, f_end, F, D, N, (const TYPE *)layer->down + d * F, space); \
+                    through_gelu(wide, layer->up_bias, f, f_end, s);                                                   \
+                    _Pragma("omp barrier");                                                                            \
+                    apply_##TYPE(layer->down, wide, branch, d, d_end, D, F, N, below, space);                          \
+                    add(x, branch, layer->down_bias, d, d_end, s);                                                     \
+                    _Pragma("omp barrier");                                                                            \
                 }                                                                                                      \
             }                                                                                                          \
             normalise(x, last_norm, normal, s);                                                                        \
-            share(s->V, 4, &from, &to);                                                                                \
-            apply_##TYPE(to_logits, normal, logits, from, to, s->V, D, N);                                             \
+            const TYPE *again = (const TYPE *)to_logits + v * D;                                                       \
+            apply_##TYPE(to_logits, normal, logits, v, v_end, s->V, D, N, again, space);                               \
         }                                                                                                              \
     }
 

@@ -55,6 +55,13 @@ class Decoder:
         self._layers = (_Layer * model.config.depth)(*map(self._layer, model.layers))
         self._embedding = self._vector(model.token_emb.weight)
         self._norm = self._vector(model.norm.weight)
+        config = model.config
+        self._shape = _Shape(
+            N=0, D=config.dim, E=config.dim_inner, F=config.dim_ff, K=config.conv_kernel_size or 0,
+            V=config.num_tokens, layers=config.depth, epsilon=EPSILON,
+        )  # fmt: skip
+        self._step = getattr(kernels(), f"decode_step_{_SUFFIXES[model.token_emb.weight.dtype]}")
+        self._scratch = torch.empty(0)
 
     @staticmethod
     def fits(model: MinLM, lanes: int) -> bool:
@@ -75,20 +82,20 @@ class Decoder:
         past_LNSD = None
         if state.conv is not None:
             past_LNSD = state.conv.to(torch.float32).clone(memory_format=torch.contiguous_format)
-        if reset_N is not None:
+        if reset_N is not None and reset_N.any():
             for carried in (hidden_LNE, past_LNSD):
                 if carried is not None:
                     carried[:, reset_N] = 0
-        N, D, E, F = len(ids_N), config.dim, config.dim_inner, config.dim_ff
-        shape = _Shape(N, D, E, F, config.conv_kernel_size or 0, config.num_tokens, config.depth, EPSILON)
+        N, D, E, F, threads = len(ids_N), config.dim, config.dim_inner, config.dim_ff, torch.get_num_threads()
+        self._shape.N = N
         logits_NV = torch.empty(N, config.num_tokens)
-        threads = torch.get_num_threads()
-        scratch = torch.empty(N * (3 * D + 2 * E + F + D * threads))
-        step = getattr(kernels(), f"decode_step_{_SUFFIXES[self._model.token_emb.weight.dtype]}")
-        step(
-            byref(shape), self._layers, self._embedding, self._norm, _address(self._model.to_logits.weight),
+        floats = N * (3 * D + 2 * E + F) + threads * (N * D + max(D, E, F))
+        if len(self._scratch) < floats:
+            self._scratch = torch.empty(floats)
+        self._step(
+            byref(self._shape), self._layers, self._embedding, self._norm, _address(self._model.to_logits.weight),
             ids_N.data_ptr(), hidden_LNE.data_ptr(), _address(past_LNSD), logits_NV.data_ptr(),
-            scratch.data_ptr(), threads,
+            self._scratch.data_ptr(), threads,
         )  # fmt: skip
         return logits_NV, MinLMState(hidden_LNE, past_LNSD)
 
@@ -117,7 +124,7 @@ class Decoder:
 
 def check_tokens(ids_N: Tensor, num_tokens: int) -> None:
     """Raises ValueError unless all of ids_N, in host memory, are tokens."""
-    if not (ids_N.dtype == torch.int64 and bool((ids_N >= 0).all() and (ids_N < num_tokens).all())):
+    if not (ids_N.dtype == torch.int64 and all(0 <= token < num_tokens for token in ids_N.tolist())):
         raise ValueError(f"expected int64 tokens from 0 to {num_tokens - 1}, got {ids_N}")
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from runtime.errors import UserError
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -35,11 +37,16 @@ class SamplingOptions:
 
 def sample(logits_BV: Tensor, options: SamplingOptions, generator: torch.Generator | None = None) -> Tensor:
     """One token per lane, int64, drawn with `generator` (of the logits' device). Temperature 0 takes the likeliest, as
-    one too small for float32 does."""
-    if options.temperature < torch.finfo(torch.float32).tiny:
+    one too small for float32 does.
+
+    The token whose logit plus noise of the standard Gumbel distribution is largest is distributed as softmax(logits)
+    (Gumbel 1954): neither probabilities nor their sums are needed.
+    """
+    if options.temperature < _TINY:
         return logits_BV.argmax(dim=-1)
-    probabilities_BV = filter_logits(logits_BV, options).softmax(dim=-1)
-    return torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(-1)
+    logits_BV = filter_logits(logits_BV, options)
+    exponential_BV = torch.empty_like(logits_BV).exponential_(generator=generator).clamp_(min=_TINY)
+    return logits_BV.sub_(exponential_BV.log_()).argmax(dim=-1)
 
 
 def filter_logits(logits_BV: Tensor, options: SamplingOptions) -> Tensor:

@@ -279,7 +279,8 @@ static int64_t rows_ahead(void) {
                 _Pragma("omp barrier");                                                                                \
                 if (F) {                                                                                               \
                     normalise(x, layer->ff_norm, normal, s);                                                           \
-                    apply_##TYPE(layer->up, normal, wide, f, f_end, F, D, N, (const TYPE *)layer->down + d * F, space); \
+                    const TYPE *down = (const TYPE *)layer->down + d * F;                                              \
+                    apply_##TYPE(layer->up, normal, wide, f, f_end, F, D, N, down, space);                             \
                     through_gelu(wide, layer->up_bias, f, f_end, s);                                                   \
                     _Pragma("omp barrier");                                                                            \
                     apply_##TYPE(layer->down, wide, branch, d, d_end, D, F, N, below, space);                          \

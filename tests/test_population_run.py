@@ -166,6 +166,6 @@ def test_a_mistake_ends_every_rank_with_2_before_a_run_exists(text, tmp_path):
     process = start(text, tmp_path, 3, "--init_from", "absent.pt")
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 2
-    assert "error: expected a checkpoint at absent.pt" in stderr
+    assert f"error: expected a checkpoint at {tmp_path / 'absent.pt'}" in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "run").exists()

@@ -159,13 +159,19 @@ async def _hear_hello(channel: Channel) -> Hello:
 
 def _check_kinship(mine: Hello, theirs: Hello) -> None:
     if not hmac.compare_digest(mine.schema_hash, theirs.schema_hash):
-        raise ProtocolError(Fault.SCHEMA_MISMATCH, f"{mine.schema_hash[:12]} here, {theirs.schema_hash[:12]} there")
+        raise ProtocolError(
+            Fault.SCHEMA_MISMATCH,
+            f"{mine.schema_hash[:12]} here, {theirs.schema_hash[:12]} there: both need the same model, optimizer, "
+            "data, --val_fraction, --seed and merge method",
+        )
     if mine.run_id != theirs.run_id:
         raise ProtocolError(Fault.WRONG_RUN, theirs.run_id)
     if mine.incarnation == theirs.incarnation:
         raise ProtocolError(Fault.SELF)
     if mine.rank == theirs.rank:
-        raise ProtocolError(Fault.RANK_TAKEN, f"another process is rank {mine.rank}: {theirs.incarnation}")
+        raise ProtocolError(
+            Fault.RANK_TAKEN, f"another process is rank {mine.rank}, {theirs.incarnation}: give each its own RANK"
+        )
 
 
 async def _remainders(channel: Channel, own: memoryview, settle: bool) -> RemainderWire:

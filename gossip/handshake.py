@@ -110,7 +110,9 @@ def _hmac(key: bytes, content: bytes) -> bytes:
 
 def _check(got: bytes, expected: bytes) -> None:
     if not hmac.compare_digest(got, expected):
-        raise ProtocolError(Fault.WRONG_SECRET)
+        raise ProtocolError(
+            Fault.WRONG_SECRET, "or another run: both need the same, and --output of the same last name"
+        )
 
 
 async def _receive(wire: Wire, nbytes: int, initiator: bool) -> bytes:

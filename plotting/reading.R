@@ -38,7 +38,7 @@ read_metrics <- function(files) {
   }
   metrics <- do.call(rbind, lapply(files, one))
   if (!any(is.finite(metrics$ema_loss))) {
-    fail("expected rows with a loss, got none yet in ", dirname(files[1]), ": wait a little")
+    fail("expected rows with a loss, got none yet in ", dirname(files[1]), ": wait a little, or train for more than --log_every steps")
   }
   data.frame(rank = metrics$rank, step = metrics$step, hours = metrics$time_s / 3600, bytes = metrics$bytes_seen,
              loss = metrics$ema_loss / log(2), held_out = metrics$val_loss / log(2))

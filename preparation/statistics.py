@@ -58,7 +58,7 @@ class Statistics:
     def entropy(self) -> float:
         """Bits per byte of a guess by how often each byte occurs."""
         shares = self.byte_counts[self.byte_counts > 0] / self.bytes
-        return float(-(shares * np.log2(shares)).sum())
+        return float((shares * np.log2(1 / shares)).sum())
 
 
 def rounded_length(length: int) -> int:

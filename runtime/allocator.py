@@ -58,7 +58,7 @@ def gather_in_huge_pages() -> None:
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     try:
-        with open("/proc/self/smaps") as areas:
+        with open("/proc/self/smaps", errors="surrogateescape") as areas:  # with the names of mapped files
             filled = list(_filled_areas(areas))
     except OSError:  # a kernel that does not tell
         return

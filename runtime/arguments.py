@@ -51,6 +51,23 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def whole(minimum: int, maximum: int = 2**53) -> Callable[[str], int]:
+    """A parser of whole numbers from minimum to maximum, which raises UserError."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise UserError(f"expected a whole number, got {text!r}: write it so") from None
+        if value < minimum:
+            raise UserError(f"expected a whole number of at least {minimum}, got {value}: raise it")
+        if value > maximum:
+            raise UserError(f"expected a whole number of at most {maximum}, got {value}: lower it")
+        return value
+
+    return parse
+
+
 def normalise_flags(argv: Sequence[str]) -> list[str]:
     """The same arguments with the hyphens inside flag names as underscores; values, and all after "--", stay."""
     flags = list(argv)

@@ -27,7 +27,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from runtime.arguments import ArgumentParser, normalise_flags, run_main
+from runtime.arguments import ArgumentParser, as_argument, normalise_flags, run_main, whole
 from runtime.errors import UserError
 from runtime.locality import bound, parse_cores
 from runtime.ranks import BEGAN, LAUNCHER, Identity, identity_from_environment
@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__.splitlines()[0],
     )
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--ranks", type=int, metavar="N", help="processes to start on this host")
+    who.add_argument("--ranks", type=as_argument(whole(1)), metavar="N", help="processes to start on this host")
     who.add_argument("--task", action="store_true", help="one process: the rank that the environment tells of")
     parser.add_argument(
         "--cores", nargs="+", action="extend", type=parse_cores, metavar="LIST",
@@ -219,13 +219,13 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--threads_per_rank",
-        type=int,
+        type=as_argument(whole(1)),
         metavar="N",
         help="OMP_NUM_THREADS of each (default: OMP_NUM_THREADS if set, else cores / ranks)",
     )
     parser.add_argument(
         "--max_restarts",
-        type=int,
+        type=as_argument(whole(0)),
         default=RestartPolicy.max_restarts,
         metavar="N",
         help="restarts in a row of a rank that dies, before it is given up; 0: none (default: %(default)s)",
@@ -251,9 +251,6 @@ def main(arguments: list[str]) -> int:
     threads = default_threads(ranks) if options.threads_per_rank is None else options.threads_per_rank
     policy = RestartPolicy(options.max_restarts, options.healthy_seconds, options.restart_seconds)
     for name, value, least in (
-        ("--ranks", ranks, 1),
-        ("--threads_per_rank", threads, 1),
-        ("--max_restarts", policy.max_restarts, 0),
         ("--healthy_seconds", policy.healthy_seconds, 0),
         ("--restart_seconds", policy.restart_seconds, 0),
     ):

@@ -77,9 +77,10 @@ def cache_folder() -> Path:
 
 def openmp_runtimes() -> set[str]:
     """Paths of the OpenMP runtimes that this process has mapped."""
-    with open("/proc/self/maps") as maps:
-        paths = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
-    return {path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
+    with open("/proc/self/maps", errors="surrogateescape") as maps:
+        areas = [line.split(maxsplit=5) for line in maps if "/" in line]
+    code = {path.strip() for _, permissions, *_, path in areas if "x" in permissions}  # not what is only read, as data
+    return {path for path in code if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
 
 
 def _key(source: Path, compiler: str) -> str:

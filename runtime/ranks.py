@@ -42,7 +42,7 @@ def identity_from_environment(environment: Mapping[str, str]) -> Identity:
     LOCAL_WORLD_SIZE may be absent: then a world with LOCAL_RANK == RANK everywhere cannot be told from several
     hosts, and 1 is assumed for a population of one, 0 ("not known") otherwise. Of Slurm it is known where all are on
     one node, or equally many on each.
-    Raises UserError for a value that is no number, or a rank outside its world.
+    Raises UserError for a value that is no number, for a rank outside its world, and for a WORLD_SIZE without one.
     """
     history = {
         "restarts": sum(_number(environment, name) for name in _RESTART_COUNTS if name in environment),
@@ -63,6 +63,11 @@ def identity_from_environment(environment: Mapping[str, str]) -> Identity:
                 f"got {rank_name}={rank} {world_name}={world_size} {local_name}={local_rank}: mend the launcher"
             )
         return Identity(rank, local_rank, world_size, local_world_size, source, **history)
+    if environment.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"expected RANK in the environment beside WORLD_SIZE={environment['WORLD_SIZE']}, got none: set it, or "
+            "unset WORLD_SIZE"
+        )
     return Identity(rank=0, local_rank=0, world_size=1, local_world_size=1, source="alone", **history)
 
 

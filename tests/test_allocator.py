@@ -61,8 +61,12 @@ def test_keep_freed_memory_spares_page_faults():
 
 
 GATHER = """
-import json, mmap, sys, threading
+import json, mmap, os, sys, tempfile, threading
 import torch
+with tempfile.TemporaryDirectory() as folder, open(os.path.join(os.fsencode(folder), b"caf\\xe9"), "w+b") as file:
+    file.write(b"a file whose name is no UTF-8 is listed with the memory")
+    file.flush()
+    mapped = mmap.mmap(file.fileno(), 0)
 from runtime.allocator import gather_in_huge_pages, keep_freed_memory
 def kilobytes():
     lines = [line.split() for line in open("/proc/self/smaps_rollup")]

@@ -48,6 +48,8 @@ def test_rounded_length_has_few_values():
 def test_entropy_is_that_of_the_byte_values(tmp_path):
     (tmp_path / "corpus").write_bytes(bytes(range(16)) * 8)
     assert measure(tmp_path / "corpus").entropy() == pytest.approx(4)
+    (tmp_path / "empty").write_bytes(b"")
+    assert str(measure(tmp_path / "empty").entropy()) == "0.0"
 
 
 def test_measure_memory_does_not_grow_with_a_corpus(tmp_path):

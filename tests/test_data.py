@@ -38,6 +38,17 @@ def test_find_files_takes_files_folders_and_globs_each_once(tmp_path):
     assert names == ["a.txt", "b.txt", "c.txt", "d.md"]
 
 
+def test_find_files_follows_links_to_folders_and_ends_in_a_loop(tmp_path):
+    for folder in ("data/own", "elsewhere/below"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "text").write_text("x")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "elsewhere" / "below")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    found = find_files([f"{tmp_path}/data"])
+    assert sorted(found) == [tmp_path / "data/own/text", tmp_path / "elsewhere/below/text"]
+
+
 def test_find_files_says_which_pattern_names_nothing(tmp_path):
     with pytest.raises(UserError, match="nothing_here"):
         find_files([f"{tmp_path}/nothing_here*"])

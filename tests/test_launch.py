@@ -205,16 +205,17 @@ if os.environ["RANK"] == "1":
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--ranks", "0", "--", __file__], "--ranks of at least 1, got 0"),
-        (["--ranks", "2", "--threads_per_rank", "0", "--", __file__], "--threads_per_rank of at least 1, got 0"),
-        (["--ranks", "2", "--max_restarts", "-1", "--", __file__], "--max_restarts of at least 0, got -1"),
+        (["--ranks", "many", "--", __file__], "--ranks: expected a whole number, got 'many'"),
+        (["--ranks", "0", "--", __file__], "--ranks: expected a whole number of at least 1, got 0"),
+        (["--ranks", "2", "--threads_per_rank", "0", "--", __file__], "_rank: expected a whole number of at least 1"),
+        (["--ranks", "2", "--max_restarts", "-1", "--", __file__], "_restarts: expected a whole number of at least 0"),
         (["--ranks", "2", "--restart_seconds", "nan", "--", __file__], "--restart_seconds of at least 0, got nan"),
         (["--ranks", "2", "--", "absent.py"], "script after --, got 'absent.py'"),
         (["--ranks", "2"], "script after --, got nothing"),
         (["--ranks", "2", "train.py", "--lr", "1"], "expected -- before the script and its flags, got none"),
         ([], "--ranks --task is required"),
     ],
-    ids=["no-ranks", "no-threads", "no-restarts", "no-pause", "no-file", "no-script", "no-dashes", "nothing"],
+    ids=["words", "no-ranks", "no-threads", "no-restarts", "no-pause", "no-file", "no-script", "no-dashes", "nothing"],
 )
 def test_launch_refuses_bad_input_with_status_2(arguments, said):
     command = [sys.executable, "-m", "runtime.launch", *arguments]

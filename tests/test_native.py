@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +106,13 @@ def test_load_kernels_without_a_home_asks_for_a_cache(source, monkeypatch):
 def test_kernels_share_torchs_openmp_runtime():
     assert scan_native.kernels() is not None
     assert len(native.openmp_runtimes()) == 1
+
+
+def test_a_mapped_text_is_no_openmp_runtime_whatever_its_name(tmp_path):
+    path = tmp_path / os.fsdecode(b"libgomp caf\xe9.txt")
+    path.write_text("a corpus")
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    assert len(native.openmp_runtimes()) == 1 and len(mapped) == 8
 
 
 def test_scan_without_a_compiler_says_so_once_and_goes_on(tmp_path):

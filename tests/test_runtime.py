@@ -269,8 +269,9 @@ def test_identity_comes_from_the_environment(environment, identity):
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE, got 'many'"),
         ({"LOCAL_RANK": None}, "expected LOCAL_RANK"),
         ({"TORCHELASTIC_RESTART_COUNT": "often"}, "TORCHELASTIC_RESTART_COUNT, got 'often'"),
+        ({"RANK": None}, "expected RANK in the environment beside WORLD_SIZE=8, got none"),
     ],
-    ids=["outside", "negative", "negative-local", "no-number", "absent", "restarts"],
+    ids=["outside", "negative", "negative-local", "no-number", "absent", "restarts", "no-rank"],
 )
 def test_identity_refuses_what_no_launcher_means(change, said):
     environment = {name: value for name, value in {**TORCHRUN, **change}.items() if value is not None}

@@ -59,17 +59,22 @@ def _check_listable(pattern: str) -> None:
 
 
 def _files_under(folder: str, hidden: bool = True) -> list[Path]:
-    """What is in `folder` and in those below it but folders, sorted; hidden: names that begin with a dot, too. Raises
-    OSError where one cannot be listed, but for a filesystem's own lost+found."""
+    """What is in `folder` and in those below it, links to folders followed, but folders, sorted; a folder that can be
+    reached in several ways counts once. hidden: names that begin with a dot, too. Raises OSError where one cannot be
+    listed, but for a filesystem's own lost+found."""
 
     def refuse(error: OSError) -> None:
         if os.path.basename(error.filename) != "lost+found":
             raise error
 
-    files = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        if not hidden:
-            folders[:] = [name for name in folders if not name.startswith(".")]
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         files += [Path(place) / name for name in names]
     return sorted(files)
 
@@ -82,6 +87,15 @@ def _is_file(path: str | Path) -> bool:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return False
         raise
+
+
+def check_length(region: "Region", chunk_size: int) -> None:
+    """Raise UserError where there is less to train on than a chunk and its target."""
+    if len(region) < chunk_size + 1:
+        raise UserError(
+            f"expected at least {chunk_size + 1} bytes of training data (a chunk and its target), got {len(region)}: "
+            "give more data or a smaller --chunk_size"
+        )
 
 
 class Corpus:
@@ -208,11 +222,7 @@ class LaneReader:
         self, region: Region, batch_size: int, chunk_size: int, *, rank: int, world_size: int, seed: int,
         groups: int = 1,
     ) -> None:  # fmt: skip
-        if len(region) < chunk_size + 1:
-            raise UserError(
-                f"expected at least {chunk_size + 1} bytes of training data (a chunk and its target), got {len(region)}"
-                ": give more data or a smaller --chunk_size"
-            )
+        check_length(region, chunk_size)
         self.region = region
         self.chunk_size = chunk_size
         self._batch_size, self._groups, self._turn = batch_size, groups, 0

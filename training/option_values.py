@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from runtime.arguments import parse_size
+from runtime.arguments import parse_size, whole
 from runtime.errors import UserError
 
 
@@ -42,23 +42,6 @@ def parse_val_bytes(text: str) -> int:
     if size < 2:
         raise UserError(f"expected at least 2 bytes, an input and its target, got {text}: raise it")
     return size
-
-
-def whole(minimum: int, maximum: int = 2**53) -> Callable[[str], int]:
-    """A parser of whole numbers from minimum to maximum, which raises UserError."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise UserError(f"expected a whole number, got {text!r}: write it so") from None
-        if value < minimum:
-            raise UserError(f"expected a whole number of at least {minimum}, got {value}: raise it")
-        if value > maximum:
-            raise UserError(f"expected a whole number of at most {maximum}, got {value}: lower it")
-        return value
-
-    return parse
 
 
 def real(minimum: float, maximum: float = math.inf, *, above: bool = False, below: bool = False) -> Callable:

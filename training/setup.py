@@ -26,7 +26,7 @@ from runtime.devices import check_triton
 from runtime.errors import UserError
 from runtime.ranks import Identity
 from training.checkpoint import read_for_use
-from training.data import Corpus, Region, find_files
+from training.data import Corpus, Region, check_length, find_files
 from training.heredity import Heredity
 from training.optimizer import TrainedWeights
 from training.options import DEVICES, Options, PopulationOptions, resolve_options
@@ -173,6 +173,7 @@ def open_data(options: Options) -> tuple[Region, Region | None]:
         training_region, held_out = Region(corpus, 0, len(corpus)), Region(held_out_corpus, 0, len(held_out_corpus))
     else:
         training_region, held_out = corpus.split(data.val_fraction)
+    check_length(training_region, data.chunk_size)
     if options.run.val_every and held_out is not None and len(held_out) < 2:
         raise UserError(f"expected at least 2 held-out bytes, got {len(held_out)}: give more data or --val_every 0")
     return training_region, held_out

@@ -5,18 +5,12 @@ import random
 import pytest
 
 from gossip.address_book import FIRST_SECONDS, LONGEST_SECONDS, OWN_SECONDS, AddressBook
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(100.0)
 
 
 @pytest.fixture

@@ -8,17 +8,10 @@ import pytest
 from bench.injection import Injection
 from gossip.filesystem_coordinator import FilesystemCoordinator, RankReplaced, Roster
 from gossip.registry import RANK_FILE_LIMIT, rank_file, rank_files, read_entry, read_ranking
+from tests.clock import Clock
 
 HEARTBEAT = 2.0
 TIMEOUT = 10.0
-
-
-class Clock:
-    def __init__(self, now=0.0):
-        self.now = now
-
-    def __call__(self):
-        return self.now
 
 
 class Population:

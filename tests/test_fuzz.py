@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.injects(Injection.HUGE_LENGTH, Injection.PICKLE)
 def test_decoders_raise_only_their_own_errors_for_mutated_input():
-    figures = fuzz_decoders.fuzz(10_000, seed=0)
-    assert figures["inputs"] >= 10_000
+    figures = fuzz_decoders.fuzz(20_000, seed=0)
+    assert figures["inputs"] >= 20_000
     assert figures["largest_read"] <= max(BODY_LIMITS.values()) + protocol.MAC_BYTES
     decoders = figures["decoders"]
     assert all(part["inputs"] > 500 and part["memory_sampled"] > 10 for part in decoders.values())

@@ -10,6 +10,7 @@ from gossip.faults import Fault
 from gossip.protocol import MERGE_METHODS, Flow, Hello
 from gossip.reputation import FIRST_SECONDS, Reputation
 from runtime.errors import UserError
+from tests.clock import Clock
 from tests.gossip_helpers import (
     GossipConfig,
     Rank,
@@ -87,13 +88,6 @@ def test_ranks_of_one_lineage_are_averaged(tmp_path):
 
 
 # Judging
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 class Ward:

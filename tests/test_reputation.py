@@ -10,20 +10,12 @@ from gossip.reputation import (
     REMEMBERED,
     Reputation,
 )
-
-
-class Clock:
-    """Seconds that pass when told."""
-
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -1,13 +1,7 @@
 import itertools
 
 from gossip.seeking import FIRST_SECONDS, LONGEST_SECONDS, Seeking
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+from tests.clock import Clock
 
 
 def calls(seeking, clock, seconds):

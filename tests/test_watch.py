@@ -19,19 +19,13 @@ import watch
 from gossip.event_log import EventLog
 from gossip.filesystem_coordinator import FilesystemCoordinator
 from runtime.errors import UserError
+from tests.clock import Clock
 from tests.synthetic_run import write_run
 from training.metrics import MetricsFile
 from training.onlooker import Elite, Onlooker, View, make_row, population_seconds, read_elites
 from training.tail import TableTail
 
 SCRIPT = Path(watch.__file__)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 class Run:

@@ -263,6 +263,9 @@ def test_nodes_that_call_each_other_at_once_do_not_fail(tmp_path):
         until(lambda: all(sum(vars(r.node.counters)[n] for n in ("busy", "won", "lost")) == 3 for r in (first, second)),
               first, second)  # fmt: skip
         assert counted(first, failed=0) and counted(second, failed=0)
+        # Each call is busy at both ends, or a conversation at both.
+        mine, theirs = first.node.counters, second.node.counters
+        assert mine.busy == theirs.busy >= 1 and (mine.won, mine.lost) == (theirs.lost, theirs.won)
         second.call()
         until(lambda: second.node.counters.lost, first, second)  # and they still mix
 

@@ -10,7 +10,6 @@ from runtime.errors import UserError
 from training import computation
 from training.checkpoint import list_checkpoints, read_own_checkpoint
 from training.computation import check_compiler, choose_dtype, flops_per_byte, peak_flops, training_pass
-from training.losses import _CrossEntropy
 from training.options import ComputeOptions
 
 CPU = torch.device("cpu")
@@ -124,25 +123,6 @@ def test_flops_and_peaks(monkeypatch):
     for name, expected in names.items():
         monkeypatch.setattr(computation, "_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda"), torch.bfloat16) == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cross_entropy_equals_torchs_and_makes_one_gradient(monkeypatch, dtype):
-    monkeypatch.setattr(_CrossEntropy, "ROWS", 3)
-    torch.manual_seed(0)
-    values, targets = torch.randn(10, 7, dtype=dtype) * 5, torch.randint(0, 7, (10,))
-    exact = values.double().requires_grad_()
-    expected = F.cross_entropy(exact, targets)
-    expected.backward(torch.tensor(3.0, dtype=torch.float64))
-    leaf = values.clone().requires_grad_()
-    logits = leaf * 1  # as a layer makes them
-    loss = _CrossEntropy.apply(logits, targets)
-    assert loss.dtype == torch.float32 and abs(loss.item() - expected.item()) < 1e-6
-    loss.backward(torch.tensor(3.0), retain_graph=True)
-    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
-    assert torch.equal(logits, leaf.grad)  # the gradient took the logits' place
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 def test_a_run_goes_on_in_another_precision(run_train):

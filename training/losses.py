@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from mingru.cross_entropy import cross_entropy
 from mingru.minLM import MinLM, MinLMState
 from training.data import Chunk
 from training.optimizer import TrainedWeights
@@ -25,40 +25,7 @@ def chunk_loss(
     ids_BS = _to_device(chunk.ids_BS, device)
     reset_BT = _to_device(chunk.reset_BT, device) if chunk.reset_BT.any() else None  # most chunks are in one document
     logits_BTV, state = model(ids_BS[:, :-1], state, reset_BT)
-    return _CrossEntropy.apply(logits_BTV.flatten(0, 1), ids_BS[:, 1:].flatten().long()), state
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy in float32, a few rows at a time; the gradient takes the place of the logits.
-
-    So there is one tensor of the logits' size, where softmax, float32 copy and gradient would make three or four. A
-    second backward pass through it is refused by autograd's own check.
-    """
-
-    ROWS = 4096
-
-    @staticmethod
-    def forward(ctx, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        pieces = (tensor.split(_CrossEntropy.ROWS) for tensor in (logits_NV, targets_N))
-        total, norms = logits_NV.new_zeros((), dtype=torch.float64), []
-        for rows_NV, wanted_N in zip(*pieces, strict=True):
-            rows_NV = rows_NV.float()
-            norms.append(rows_NV.logsumexp(dim=1))
-            total += (norms[-1] - rows_NV.gather(1, wanted_N.unsqueeze(1)).squeeze(1)).sum(dtype=torch.float64)
-        ctx.save_for_backward(logits_NV, targets_N, torch.cat(norms))
-        return (total / len(targets_N)).float()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        logits_NV, targets_N, norms_N = ctx.saved_tensors
-        pieces = (tensor.split(_CrossEntropy.ROWS) for tensor in (logits_NV, targets_N, norms_N))
-        scale = grad / len(targets_N)
-        for rows_NV, wanted_N, norm_N in zip(*pieces, strict=True):
-            share_NV = (rows_NV.float() - norm_N.unsqueeze(1)).exp_()
-            share_NV.scatter_add_(1, wanted_N.unsqueeze(1), torch.full_like(norm_N, -1).unsqueeze(1))
-            rows_NV.copy_(share_NV.mul_(scale))
-        return logits_NV, None
+    return cross_entropy(logits_BTV.flatten(0, 1), ids_BS[:, 1:].flatten().long()), state
 
 
 @torch.no_grad()

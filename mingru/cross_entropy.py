@@ -35,7 +35,7 @@ def kernels() -> CDLL | None:
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """The mean over the rows in nats, float32, computed in float32; logits of any dtype, targets int64 in [0, V).
 
-    The backward pass overwrites the logits, which nobody else may need; a second one is refused by autograd's own check.
+    The backward pass overwrites the logits, which nobody else may need; autograd refuses a second one.
     Raises IndexError for a target that is not among the tokens, where the kernels compute it.
     """
     native = logits_NV.is_cpu and logits_NV.dtype in _SUFFIXES and kernels() is not None

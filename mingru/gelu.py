@@ -42,7 +42,7 @@ def gelu_of(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
 
 
 class _NativeGELU(torch.autograd.Function):
-    """By the C kernels: gelu(x + bias) for float32 and bfloat16 x, which nobody else may need: the slope takes its place.
+    """By the C kernels: gelu(x + bias), float32 or bfloat16; the slope takes the place of x, which is its own.
 
     So as much is kept as if it were x, and the backward pass only multiplies.
     """

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mingru.minLM import MinLM, ModelConfig
 from runtime import devices

@@ -1,5 +1,5 @@
-/* Cross-entropy of the rows of logits l (N, V), in float32 whatever their type, and its gradient in their place, each in
- * one pass over memory:
+/* Cross-entropy of the rows of logits l (N, V), in float32 whatever their type, and its gradient in their place, each
+ * in one pass over memory:
  *     norm = log sum exp(l),  loss = norm - l[target]
  *     dl = scale (exp(l - norm) - [i = target])
  * Threads share the rows. Arrays are contiguous, and targets in [0, V).

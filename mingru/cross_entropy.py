@@ -22,7 +22,7 @@ _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_name("cross_entropy_native.c"), "the loss", "some ten times slower")
+    library = load_or_warn(Path(__file__).with_name("cross_entropy_native.c"), "the loss", "some three times slower")
     if library is None:
         return None
     for suffix in _SUFFIXES.values():
@@ -36,7 +36,7 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """The mean over the rows in nats, float32, computed in float32; logits of any dtype, targets int64 in [0, V).
 
     The backward pass overwrites the logits, which nobody else may need; autograd refuses a second one.
-    Raises IndexError for a target that is not among the tokens, where the kernels compute it.
+    At least one row. On a CPU a target that is no token raises IndexError by the kernels, RuntimeError by torch.
     """
     native = logits_NV.is_cpu and logits_NV.dtype in _SUFFIXES and kernels() is not None
     return (_NativeCrossEntropy if native else _CrossEntropy).apply(logits_NV, targets_N)
@@ -48,8 +48,10 @@ class _NativeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         logits_NV, targets_N = logits_NV.contiguous(), targets_N.contiguous()
-        if len(targets_N) and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < logits_NV.shape[1]:
-            raise IndexError(f"expected targets in [0, {logits_NV.shape[1]}), got {targets_N.aminmax()}")
+        tokens = logits_NV.shape[1]
+        least, most = (int(bound) for bound in targets_N.aminmax())
+        if least < 0 or most >= tokens:  # the kernel would read past its row
+            raise IndexError(f"expected targets in [0, {tokens}), got some in [{least}, {most}]")
         norms_N, losses_N = torch.empty(2, len(targets_N)).unbind()
         _call("forward", logits_NV, targets_N, norms_N, losses_N)
         ctx.save_for_backward(logits_NV, targets_N, norms_N)

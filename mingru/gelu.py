@@ -21,9 +21,9 @@ def kernels() -> CDLL | None:
     if library is None:
         return None
     for suffix in _SUFFIXES.values():
-        for name, tensors, sizes in (("gelu", 3, 2), ("gelu_forward", 3, 2), ("gelu_backward", 4, 3)):
-            kernel = getattr(library, f"{name}_{suffix}")
-            kernel.argtypes, kernel.restype = [c_void_p] * tensors + [c_int64] * sizes, None
+        forward, backward = (getattr(library, f"gelu_{name}_{suffix}") for name in ("forward", "backward"))
+        forward.argtypes, forward.restype = [c_void_p] * 3 + [c_int64] * 2, None
+        backward.argtypes, backward.restype = [c_void_p] * 4 + [c_int64] * 3, None
     return library
 
 
@@ -33,16 +33,11 @@ def gelu_of(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
     native = x_BTD.device.type == "cpu" and layer.weight.dtype in _SUFFIXES and not torch.compiler.is_compiling()
     if not native or kernels() is None:
         return F.gelu(layer(x_BTD))
-    product_BTF, bias_F = F.linear(x_BTD, layer.weight).contiguous(), layer.bias.float()
-    if torch.is_grad_enabled():
-        return _NativeGELU.apply(product_BTF, bias_F)
-    y_BTF = torch.empty_like(product_BTF)
-    _call("gelu", product_BTF, bias_F, y_BTF)
-    return y_BTF
+    return _NativeGELU.apply(F.linear(x_BTD, layer.weight).contiguous(), layer.bias.float())
 
 
 class _NativeGELU(torch.autograd.Function):
-    """By the C kernels: gelu(x + bias), float32 or bfloat16; the slope takes the place of x, which is its own.
+    """By the C kernels: gelu(x + bias), float32 or bfloat16. The slope overwrites x, which nobody else may need.
 
     So as much is kept as if it were x, and the backward pass only multiplies.
     """
@@ -50,7 +45,7 @@ class _NativeGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTF: Tensor, bias_F: Tensor) -> Tensor:
         y_BTF = torch.empty_like(x_BTF)
-        _call("gelu_forward", x_BTF, bias_F, y_BTF)
+        _call("forward", x_BTF, bias_F, y_BTF)
         ctx.save_for_backward(x_BTF)
         return y_BTF
 
@@ -61,12 +56,12 @@ class _NativeGELU(torch.autograd.Function):
         threads = torch.get_num_threads()
         grad_x_BTF = torch.empty_like(slope_BTF)
         partial_NF = grad_x_BTF.new_zeros(threads, slope_BTF.shape[-1], dtype=torch.float32)
-        _call("gelu_backward", grad_BTF.contiguous(), slope_BTF, grad_x_BTF, partial_NF, threads=(threads,))
+        _call("backward", grad_BTF.contiguous(), slope_BTF, grad_x_BTF, partial_NF, threads=(threads,))
         return grad_x_BTF, partial_NF.sum(dim=0)
 
 
 def _call(name: str, *tensors: Tensor, threads: tuple[int, ...] = ()) -> None:
     """Run a kernel over `tensors`, the first of which is (..., F) in the dtype that it works in."""
-    kernel = getattr(kernels(), f"{name}_{_SUFFIXES[tensors[0].dtype]}")
+    kernel = getattr(kernels(), f"gelu_{name}_{_SUFFIXES[tensors[0].dtype]}")
     width = tensors[0].shape[-1]
     kernel(*(tensor.data_ptr() for tensor in tensors), tensors[0].numel() // width, width, *threads)

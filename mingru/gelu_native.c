@@ -11,16 +11,6 @@
 #define DENSITY_AT_ZERO 0.398942280f
 
 #define DEFINE(TYPE)                                                                                                   \
-    void gelu_##TYPE(const TYPE *restrict x, const float *restrict bias, TYPE *restrict y, int64_t N, int64_t F) {     \
-        _Pragma("omp parallel for schedule(static)") for (int64_t n = 0; n < N; n++) {                                 \
-            for (int64_t i = 0; i < F; i++) {                                                                          \
-                float v = load_##TYPE(x + n * F + i) + bias[i], e;                                                     \
-                store_##TYPE(y + n * F + i, v * normal_cdf(v, &e));                                                    \
-            }                                                                                                          \
-        }                                                                                                              \
-    }                                                                                                                  \
-                                                                                                                       \
-    /* The same; x becomes the slope. */                                                                               \
     void gelu_forward_##TYPE(TYPE *restrict x, const float *restrict bias, TYPE *restrict y, int64_t N, int64_t F) {   \
         _Pragma("omp parallel for schedule(static)") for (int64_t n = 0; n < N; n++) {                                 \
             for (int64_t i = 0; i < F; i++) {                                                                          \

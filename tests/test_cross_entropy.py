@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from mingru import cross_entropy as module
 from mingru.cross_entropy import cross_entropy
+from mingru.minLM import MinLM, ModelConfig
+from training.data import Chunk
+from training.losses import chunk_loss
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -77,11 +80,13 @@ def test_cross_entropy_takes_minus_infinity_for_an_impossible_token(way):
 def test_cross_entropy_refuses_a_target_that_is_no_token(way, target):
     values, targets = logits_and_targets()
     targets[9] = target
-    with pytest.raises((IndexError, RuntimeError), match=r"in \[0, 7\)|index"):
+    kind, words = (IndexError, r"expected targets in \[0, 7\)") if way == "native" else (RuntimeError, "out of bounds")
+    with pytest.raises(kind, match=words):
         cross_entropy(values, targets)
 
 
-def test_cross_entropy_is_the_same_on_any_number_of_threads(way):
+def test_the_kernels_give_the_same_bits_on_any_number_of_threads():
+    assert module.kernels() is not None
     values, targets = logits_and_targets(rows=300, tokens=256)
     threads, found = torch.get_num_threads(), []
     try:
@@ -93,4 +98,21 @@ def test_cross_entropy_is_the_same_on_any_number_of_threads(way):
             found.append((loss.detach(), logits.grad))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) or way == "torch"
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_training_takes_the_loss_from_the_kernels(monkeypatch):
+    """chunk_loss() of a whole model: the logits become the gradient, without torch's own way."""
+    monkeypatch.setattr(module._CrossEntropy, "apply", None)
+    torch.manual_seed(0)
+    model, seen = MinLM(ModelConfig(dim=16, depth=1)), []
+    ids_BS = torch.randint(0, 256, (2, 9), dtype=torch.uint8).numpy()
+    chunk = Chunk(ids_BS, torch.zeros(2, 8, dtype=torch.bool).numpy())
+    model.to_logits.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    loss, _ = chunk_loss(model, chunk, None, torch.device("cpu"))
+    expected = seen[0].detach().clone().requires_grad_()
+    exact = F.cross_entropy(expected.flatten(0, 1), torch.from_numpy(ids_BS[:, 1:]).flatten().long())
+    exact.backward()
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    torch.testing.assert_close(seen[0].detach(), expected.grad)

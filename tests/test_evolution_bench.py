@@ -555,8 +555,8 @@ def test_evolution_command_runs_resumes_and_shows(data, tmp_path, capsys):
 
 def test_evolution_real_ranks_are_measured_as_simulated_ones_are(data, corpus):
     arm = parse_arm("pair_mean:p=0.5", POLICIES)
-    result = run_real(setting(steps=300), arm, 1, data, corpus)
-    simulated = run_trial(setting(steps=300), arm, 1, corpus, CPU)
+    result = run_real(setting(steps=3000), arm, 1, data, corpus)
+    simulated = run_trial(setting(steps=3000), arm, 1, corpus, CPU)
     assert result.keys() <= simulated.keys() and result["parameters"] == simulated["parameters"]
     assert len(result["losses"]) == 2 and result["loss"] == pytest.approx(simulated["loss"], abs=0.1)
     assert result["bytes_sent"] > 0 and result["cpu_s"] > 0

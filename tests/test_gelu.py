@@ -83,6 +83,28 @@ def test_gelu_under_autocast_takes_bfloat16_products_and_a_float32_bias():
         torch.testing.assert_close(mine.float(), exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_without_gradients_is_the_same_and_keeps_its_input(dtype):
+    layer, x, _ = make(dtype)
+    expected, before = gelu_of(layer, x).detach(), x.clone()
+    with torch.no_grad():
+        assert torch.equal(gelu_of(layer, x), expected)
+    assert torch.equal(x, before)
+
+
+def test_gelu_keeps_its_slope_alone():
+    layer, x, grad = make(torch.float32)
+    x, kept = x.requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = gelu_of(layer, x)
+    (slope,) = (tensor for tensor in kept if tensor.shape == out.shape)
+    product = layer(x).detach().requires_grad_()
+    F.gelu(product).sum().backward()
+    torch.testing.assert_close(slope, product.grad, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(out, x, grad, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*gradients)
+
+
 def test_gelu_adds_up_the_rows_of_all_threads():
     layer, _, _ = make(torch.float32)
     x, grads, threads = torch.randn(1000, 24), [], torch.get_num_threads()

@@ -26,7 +26,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 
 CPU_ONLY = ("exchange", "stall", "registry", "overhead")  # nothing in them runs on a GPU
-NAMES = ("recurrence", "gru", "training", "chunks", "dropout", "optimizer", "decoding", *CPU_ONLY)
+NAMES = ("recurrence", "gru", "training", "chunks", "convolution", "dropout", "optimizer", "decoding", *CPU_ONLY)
 RESULTS = Path(__file__).parent / "results" / "speed"
 WIDTH = 200  # of a table that goes to a file or a pipe
 

@@ -1,8 +1,11 @@
 """The causal depthwise convolution of a block, whose taps stop at document boundaries and whose past is carried along.
 
-Shapes: B lanes, T steps, D width, K taps, S = T + K - 1 steps with the carried ones before them.
+Shapes: B lanes, T steps, D width, K taps, P = K - 1 steps carried, S = P + T.
 """
 
+import functools
+from ctypes import CDLL, c_int64, c_void_p
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,16 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mingru.precision import product_dtype
+from runtime.native import load_or_warn
+
+_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+
+@functools.cache
+def kernels() -> CDLL | None:
+    """The compiled kernels; None where they cannot be had, which is said once."""
+    library = load_or_warn(Path(__file__).with_name("conv_native.c"), "the convolution", "half as fast")
+    if library is None:
+        return None
+    for suffix in _SUFFIXES.values():
+        forward, backward = (getattr(library, f"conv_{name}_{suffix}") for name in ("forward", "backward"))
+        forward.argtypes, forward.restype = [c_void_p] * 6 + [c_int64] * 4, None
+        backward.argtypes, backward.restype = [c_void_p] * 8 + [c_int64] * 5, None
+    return library
+
 
 class Reach(NamedTuple):
-    """What resets leave within reach, as factors 0 or 1; the same for every layer.
+    """What resets leave within reach; the same for every layer. All but reset_BT: factors 0 or 1.
 
     taps: for each tap but the newest, the oldest first, (B, T, 1): its input at each step.
-    state_BS1: the last K - 1 inputs, seen from the next chunk.
+    state_BP1: the last K - 1 inputs, seen from the next chunk.
     """
 
+    reset_BT: Tensor
     taps: tuple[Tensor, ...]
-    state_BS1: Tensor
+    state_BP1: Tensor
 
 
 def reach(reset_BT: Tensor, kernel_size: int, dtype: torch.dtype) -> Reach:
@@ -28,7 +50,7 @@ def reach(reset_BT: Tensor, kernel_size: int, dtype: torch.dtype) -> Reach:
     document_BS1 = F.pad(reset_BT, (kernel_size - 1, 0)).cumsum(dim=1, dtype=torch.int32).unsqueeze(-1)
     here_BT1 = document_BS1[:, kernel_size - 1 :]
     taps = tuple((document_BS1[:, j : j + T] == here_BT1).to(dtype) for j in range(kernel_size - 1))
-    return Reach(taps, (document_BS1[:, T:] == document_BS1[:, -1:]).to(dtype))
+    return Reach(reset_BT, taps, (document_BS1[:, T:] == document_BS1[:, -1:]).to(dtype))
 
 
 class CausalConv(nn.Module):
@@ -40,24 +62,70 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         self.pointwise = nn.Linear(dim, dim)
 
-    def forward(self, x_BTD: Tensor, past_BSD: Tensor | None, reach: Reach | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, past_BPD: Tensor | None, reach: Reach | None) -> tuple[Tensor, Tensor]:
         """The output (B, T, D), and the last K - 1 inputs to hand to the next call.
 
-        past_BSD: the K - 1 inputs before x_BTD (None: zeros, as at the start of a document).
+        past_BPD: the K - 1 inputs before x_BTD (None: zeros, as at the start of a document).
         """
-        before = self.taps.shape[0] - 1
-        if past_BSD is None:
-            padded_BSD = F.pad(x_BTD, (0, 0, before, 0))
-        else:
-            padded_BSD = torch.cat((past_BSD.to(x_BTD.dtype), x_BTD), dim=1)
-        T = x_BTD.shape[1]
-        state_BSD = padded_BSD[:, T:] if reach is None else padded_BSD[:, T:] * reach.state_BS1
-        out_BTD = _Taps.apply(padded_BSD, self.taps, self.bias, *(() if reach is None else reach.taps))
-        return self.pointwise(out_BTD), state_BSD
+        (B, T, D), P = x_BTD.shape, self.taps.shape[0] - 1
+        past_BPD = x_BTD.new_zeros(B, P, D) if past_BPD is None else past_BPD.to(x_BTD.dtype)
+        state_BPD = torch.cat((past_BPD, x_BTD[:, max(0, T - P) :]), dim=1)[:, min(T, P) :]
+        if reach is not None:
+            state_BPD = state_BPD * reach.state_BP1
+        return self.pointwise(convolve(x_BTD, past_BPD, self.taps, self.bias, reach)), state_BPD
+
+
+def convolve(x_BTD: Tensor, past_BPD: Tensor, taps_KD: Tensor, bias_D: Tensor, reach: Reach | None) -> Tensor:
+    """out_t = bias + sum over j of taps_j * padded_{t+j}, padded = past and x; an input out of reach counts as zero."""
+    fits = x_BTD.is_cpu and x_BTD.dtype in _SUFFIXES and (out := product_dtype(x_BTD)) in _SUFFIXES
+    # A compiler fuses the plain formula by itself, and could not look into the kernels.
+    if fits and not torch.compiler.is_compiling() and kernels() is not None:
+        reset_BT = None if reach is None else reach.reset_BT
+        return _NativeTaps.apply(x_BTD.float(), past_BPD.float(), taps_KD.float(), bias_D.float(), reset_BT, out)
+    padded_BSD = torch.cat((past_BPD, x_BTD), dim=1)
+    return _Taps.apply(padded_BSD, taps_KD, bias_D, *(() if reach is None else reach.taps))
+
+
+class _NativeTaps(torch.autograd.Function):
+    """By the C kernels: from float32 to float32 or bfloat16 on a CPU."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x_BTD: Tensor,
+        past_BPD: Tensor,
+        taps_KD: Tensor,
+        bias_D: Tensor,
+        reset_BT: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        inputs = [tensor if tensor is None else tensor.contiguous() for tensor in (x_BTD, past_BPD, reset_BT, taps_KD)]
+        out_BTD = torch.empty_like(inputs[0], dtype=dtype)
+        _call("forward", *inputs, bias_D.contiguous(), out_BTD, like=out_BTD, taps=len(taps_KD))
+        ctx.save_for_backward(*inputs)
+        return out_BTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTD, past_BPD, reset_BT, taps_KD = ctx.saved_tensors
+        grad_BTD, threads = grad_BTD.contiguous(), torch.get_num_threads()
+        grad_x_BTD, grad_past_BPD = torch.empty_like(x_BTD), torch.empty_like(past_BPD)
+        partial = x_BTD.new_zeros(threads, len(taps_KD) + 1, x_BTD.shape[-1])  # of the taps, then of the bias
+        _call("backward", grad_BTD, x_BTD, past_BPD, reset_BT, taps_KD, grad_x_BTD, grad_past_BPD, partial,
+              like=grad_BTD, taps=len(taps_KD), threads=(threads,))  # fmt: skip
+        grads_D = partial.sum(dim=0)
+        return grad_x_BTD, grad_past_BPD, grads_D[:-1], grads_D[-1], None, None
+
+
+def _call(name: str, *tensors: Tensor | None, like: Tensor, taps: int, threads: tuple[int, ...] = ()) -> None:
+    """Run a kernel over `tensors`, contiguous; like: the output or its gradient (B, T, D), of the kernel's dtype."""
+    kernel = getattr(kernels(), f"conv_{name}_{_SUFFIXES[like.dtype]}")
+    kernel(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *like.shape, taps, *threads)
 
 
 class _Taps(torch.autograd.Function):
-    """out_t = bias + sum over j of taps_j * padded_{t+j}, each product only where that input is within reach."""
+    """By torch alone, on any device."""
 
     @staticmethod
     def forward(ctx, padded_BSD: Tensor, taps_KD: Tensor, bias_D: Tensor, *reach: Tensor) -> Tensor:

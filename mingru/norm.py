@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mingru.precision import product_dtype
 from runtime.native import load_or_warn
 
 EPSILON = torch.finfo(torch.float32).eps  # the one torch.nn.RMSNorm takes for float32
@@ -41,14 +42,9 @@ class RMSNorm(nn.Module):
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)  # sums of squares need it
         # A compiler fuses the plain formula by itself, and could not look into the kernels.
         native = dtype == torch.float32 and not torch.compiler.is_compiling() and kernels() is not None
-        if native and (out := _output_dtype(x_BTD)) in _SUFFIXES:
+        if native and (out := product_dtype(x_BTD)) in _SUFFIXES:
             return _NativeRMSNorm.apply(x_BTD.to(dtype), self.weight.to(dtype), out)
         return _RMSNorm.apply(x_BTD.to(dtype), self.weight.to(dtype)).to(x_BTD.dtype)
-
-
-def _output_dtype(x_BTD: Tensor) -> torch.dtype:
-    """Under autocast that of the matrix products, which would round the output to it."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BTD.dtype
 
 
 class _NativeRMSNorm(torch.autograd.Function):

@@ -264,6 +264,15 @@ def test_race_dtype_is_the_faster_one(slow, expected):
     assert faster_dtype(lambda dtype: time.sleep(0.05 if dtype == slow else 0)) == expected
 
 
+def test_race_mingru_pytorch_trains_in_float32_and_its_results_say_so(halves, monkeypatch):
+    pytest.importorskip("minGRU_pytorch")
+    monkeypatch.setattr(rivals, "faster_dtype", lambda train: "bf16")
+    for name, expected in (("mingru_pytorch", "fp32"), ("gru", "bf16")):
+        plan = rivals.plan(name, 30_000, Setting(0.01, 0.0))
+        assert plan.build(halves[0], 1).told["dtype"] == expected
+        assert plan.options.get("dtype") == (expected if expected == "fp32" else None)
+
+
 @pytest.mark.parametrize("chosen", ["fp32", "bf16"])
 def test_race_ours_trains_in_the_faster_dtype_and_finding_it_leaves_no_trace(halves, monkeypatch, chosen):
     def choose(train):

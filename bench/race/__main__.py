@@ -7,8 +7,9 @@ threads' time a model got. With --clock cpu and one thread others cost it little
 
 Rivals: AdamW, batches of 16 x 256 bytes drawn at random, warm-up and cosine over the time. Ours: train.py's defaults
 but for the flags in --ours, on contiguous lanes. Each, ours too unless --ours says otherwise, trains in the faster of
-float32 and bfloat16 (autocast), by the quickest of three passes. Of each rate and dropout are tuned by the same rule
-(bench/race/tuning.py): trained on the first nine tenths of the training bytes, measured on their last tenth.
+float32 and bfloat16 (autocast), by the quickest of three passes; minGRU-pytorch in float32, since it does not learn in
+the other. Of each rate and dropout are tuned by the same rule (bench/race/tuning.py): trained on the first nine tenths
+of the training bytes, measured on their last tenth.
 """
 
 import argparse

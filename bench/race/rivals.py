@@ -105,16 +105,18 @@ class TransformerBlock(nn.Module):
 
 
 class Kind(NamedTuple):
-    """How a rival is built for a width and a chance of dropout, the grain of its widths, whether it has dropout."""
+    """How a rival is built for a width and a chance of dropout, the grain of its widths, whether it has dropout, and
+    whether it learns in bfloat16: minGRU-pytorch's sums in log space do not, at any rate (docs/experiments.md)."""
 
     build: Callable[[int, float], nn.Module]
     grain: int
     drops: bool
+    bf16: bool = True
 
 
 RIVALS = {
     "gru": Kind(GRULM, 8, True),
-    "mingru_pytorch": Kind(MinGRUPytorch, 32, False),
+    "mingru_pytorch": Kind(MinGRUPytorch, 32, False, bf16=False),
     "transformer": Kind(Transformer, 32, True),
 }
 
@@ -130,6 +132,8 @@ def plan(name: str, parameters: int, setting: Setting) -> Plan:
         "window": WINDOW, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "warm_up": WARM_UP, "least_rate": LEAST_RATE,
         "clip": CLIP,
     }  # fmt: skip
+    if not RIVALS[name].bf16:
+        options["dtype"] = "fp32"
     return Plan(options, functools.partial(Rival, name, options["dim"], setting))
 
 
@@ -141,7 +145,7 @@ class Rival:
         self._model = RIVALS[name].build(dim, setting.dropout)
         self._bytes = training.read(0, len(training))
         self._places = np.random.default_rng(seed)
-        self._dtype = faster_dtype(self._backward)
+        self._dtype = faster_dtype(self._backward) if RIVALS[name].bf16 else "fp32"
         self._model.zero_grad(set_to_none=True)
         groups = [{"params": [p for p in self._model.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
                   {"params": [p for p in self._model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip

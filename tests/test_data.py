@@ -84,11 +84,16 @@ def test_find_files_refuses_a_folder_that_it_may_not_list():
             (folder / name).chmod(0o755)
 
 
-def test_find_files_leaves_out_links_to_nothing_and_says_that_a_name_is_too_long(tmp_path):
+@pytest.mark.parametrize("target", ["nothing", "link", "text/below"])
+@pytest.mark.parametrize("pattern", ["", "*", "link"])
+def test_find_files_refuses_links_to_nothing(tmp_path, target, pattern):
     (tmp_path / "text").write_text("x")
-    (tmp_path / "link").symlink_to("nothing")
-    (tmp_path / "loop").symlink_to("loop")
-    assert find_files([str(tmp_path)]) == [tmp_path / "text"]
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(UserError, match=r"got a link to nothing, .*/link: bring back what it names, or remove it"):
+        find_files([str(tmp_path / pattern)])
+
+
+def test_find_files_says_that_a_name_is_too_long(tmp_path):
     with pytest.raises(UserError, match="File name too long"):
         find_files([f"{tmp_path}/{'x' * 300}"])
 

@@ -23,8 +23,8 @@ _SPLIT_SEARCH_BYTES = 1 << 20
 def find_files(patterns: Sequence[str]) -> list[Path]:
     """The files named by files, folders (searched recursively) and globs, each once, sorted within a pattern.
 
-    Raises UserError for a pattern that names no file, and where a folder cannot be listed: what is in it would be
-    missing, and nobody would know.
+    Raises UserError for a pattern that names no file, and where a folder cannot be listed or a link leads to nothing:
+    what is in it would be missing, and nobody would know.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -33,6 +33,10 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             matches = sorted(glob.glob(pattern, recursive=True)) or [pattern]
             files = [file for match in matches for file in (_files_under(match) if os.path.isdir(match) else [match])]
             files = [Path(file).resolve() for file in files if _is_file(file)]
+        except _DanglingLink as link:
+            raise UserError(
+                f"expected files at {pattern!r}, got a link to nothing, {link}: bring back what it names, or remove it"
+            ) from None
         except OSError as error:
             raise UserError(
                 f"expected data at {pattern!r} that may be read, got {error.filename} ({error.strerror}): mend its "
@@ -79,14 +83,20 @@ def _files_under(folder: str, hidden: bool = True) -> list[Path]:
     return sorted(files)
 
 
+class _DanglingLink(Exception):
+    """A symbolic link that leads to nothing; its path."""
+
+
 def _is_file(path: str | Path) -> bool:
-    """Not a folder, a device, nothing at all or a link to nothing. Raises OSError where that cannot be told."""
+    """Not a folder, a device or nothing at all. Raises OSError where that cannot be told, and _DanglingLink."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return False
-        raise
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        if os.path.islink(path):
+            raise _DanglingLink(path) from None
+        return False
 
 
 def check_length(region: "Region", chunk_size: int) -> None:

@@ -76,7 +76,13 @@ class CausalConv(nn.Module):
 
 
 def convolve(x_BTD: Tensor, past_BPD: Tensor, taps_KD: Tensor, bias_D: Tensor, reach: Reach | None) -> Tensor:
-    """out_t = bias + sum over j of taps_j * padded_{t+j}, padded = past and x; an input out of reach counts as zero."""
+    """out_t = bias + sum over j of taps_j * padded_{t+j}, padded = past and x; an input out of reach counts as zero.
+
+    Where torch computes it, what is not finite gets through from out of reach too.
+    """
+    B, T, D = x_BTD.shape
+    assert past_BPD.shape == (B, len(taps_KD) - 1, D)
+    assert reach is None or (reach.reset_BT.shape == (B, T) and reach.reset_BT.dtype == torch.bool)
     fits = x_BTD.is_cpu and x_BTD.dtype in _SUFFIXES and (out := product_dtype(x_BTD)) in _SUFFIXES
     # A compiler fuses the plain formula by itself, and could not look into the kernels.
     if fits and not torch.compiler.is_compiling() and kernels() is not None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mingru.precision import product_dtype
 from runtime.native import load_or_warn
 
 _SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -30,8 +31,8 @@ def kernels() -> CDLL | None:
 def gelu_of(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
     """gelu(layer(x)) of a layer with a bias, exact (by the normal distribution), as torch's default."""
     # A compiler fuses the plain formula by itself, and could not look into the kernels.
-    native = x_BTD.device.type == "cpu" and layer.weight.dtype in _SUFFIXES and not torch.compiler.is_compiling()
-    if not native or kernels() is None:
+    fits = x_BTD.is_cpu and layer.weight.dtype in _SUFFIXES and product_dtype(x_BTD) in _SUFFIXES
+    if not fits or torch.compiler.is_compiling() or kernels() is None:
         return F.gelu(layer(x_BTD))
     return _NativeGELU.apply(F.linear(x_BTD, layer.weight).contiguous(), layer.bias.float())
 

@@ -71,6 +71,17 @@ def test_convolution_sees_nothing_out_of_reach_not_even_nan():
     assert out[:, :3].isnan().all() and out[:, 3:].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"past": torch.zeros(3, 2, 70)}, {"reset": torch.zeros(1, 9, dtype=torch.bool)},
+              {"reset": torch.zeros(3, 9, dtype=torch.uint8)}], ids=["past", "one lane", "uint8"],
+)  # fmt: skip
+def test_convolution_hands_no_other_shapes_to_the_kernels(wrong):
+    module, x, past, *_ = make(4)
+    reset = wrong.get("reset", torch.zeros(3, 9, dtype=torch.bool))
+    with pytest.raises((AssertionError, RuntimeError)):
+        module(x, wrong.get("past", past), reach(reset, 4, x.dtype))
+
+
 def test_convolution_adds_up_the_steps_of_all_threads():
     module, *inputs = make(4, steps=501)
     reset, grads, threads = resets(3, 501), [], torch.get_num_threads()

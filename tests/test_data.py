@@ -85,9 +85,13 @@ def test_find_files_refuses_a_folder_that_it_may_not_list():
 
 
 @pytest.mark.parametrize("target", ["nothing", "link", "text/below"])
-@pytest.mark.parametrize("pattern", ["", "*", "link"])
+@pytest.mark.parametrize("pattern", ["", "*", "link", "*/x", "**/x", "**"])
 def test_find_files_refuses_links_to_nothing(tmp_path, target, pattern):
     (tmp_path / "text").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").write_text("x")
+    if pattern:  # as a glob passes over it
+        (tmp_path / "folder" / ".hidden").symlink_to("nothing")
     (tmp_path / "link").symlink_to(target)
     with pytest.raises(UserError, match=r"got a link to nothing, .*/link: bring back what it names, or remove it"):
         find_files([str(tmp_path / pattern)])

@@ -83,6 +83,12 @@ def test_gelu_under_autocast_takes_bfloat16_products_and_a_float32_bias():
         torch.testing.assert_close(mine.float(), exact, rtol=0.05, atol=0.05)
 
 
+def test_gelu_under_autocast_to_float16_is_torchs():
+    layer, x, _ = make(torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(gelu_of(layer, x), plain(layer, x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gelu_without_gradients_is_the_same_and_keeps_its_input(dtype):
     layer, x, _ = make(dtype)

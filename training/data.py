@@ -29,7 +29,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         try:
-            _check_listable(pattern)
+            _check_reachable(pattern)
             matches = sorted(glob.glob(pattern, recursive=True)) or [pattern]
             files = [file for match in matches for file in (_files_under(match) if os.path.isdir(match) else [match])]
             files = [Path(file).resolve() for file in files if _is_file(file)]
@@ -48,16 +48,20 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def _check_listable(pattern: str) -> None:
-    """Raise OSError where a folder that a glob looks into cannot be listed: glob itself would pass over it."""
+def _check_reachable(pattern: str) -> None:
+    """Raise OSError where a folder that a glob looks into cannot be listed, and _DanglingLink where a link that may be
+    meant for one leads to nothing: glob itself would pass over them."""
     parts = Path(pattern).parts
     for place, part in enumerate(parts):
         if glob.has_magic(part):
+            seen = [] if part == "**" else glob.glob(str(Path(*parts[: place + 1])))
             for folder in filter(os.path.isdir, glob.glob(str(Path(*parts[:place])))):
                 if part == "**":
-                    _files_under(folder, hidden=False)
+                    seen += [path for path in _files_under(folder, hidden=False) if not path.name.startswith(".")]
                 else:
                     os.scandir(folder).close()
+            for link in filter(os.path.islink, seen):
+                _is_file(link)
         if part == "**":
             return
 

@@ -40,15 +40,15 @@ _FINEST = 2.0**-14  # of a spacing, as a share of the numbers' own root mean squ
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_suffix(".c"), "--gossip_wire_dtype int4", "some twenty times slower")
-    if library is None:
-        return None
-    library.rotate.argtypes = library.unrotate.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
-    library.encode.argtypes = [c_void_p, c_int64] + [c_void_p] * 3
-    library.decode.argtypes = [c_void_p, c_int64] + [c_void_p] * 4
-    for name in ("rotate", "unrotate", "encode", "decode"):
-        getattr(library, name).restype = None
-    return library
+    signatures = {
+        "rotate": (None, c_void_p, c_int64, *[c_void_p] * 2),
+        "unrotate": (None, c_void_p, c_int64, *[c_void_p] * 2),
+        "encode": (None, c_void_p, c_int64, *[c_void_p] * 3),
+        "decode": (None, c_void_p, c_int64, *[c_void_p] * 4),
+    }
+    return load_or_warn(
+        Path(__file__).with_suffix(".c"), "--gossip_wire_dtype int4", "some twenty times slower", signatures
+    )
 
 
 def blocks_of(count: int) -> int:

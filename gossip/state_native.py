@@ -14,17 +14,14 @@ from runtime.native import load_or_warn
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_suffix(".c"), "merging", "slower")
-    if library is None:
-        return None
-    library.merge_piece.argtypes = [c_void_p] * 3 + [c_int64, c_float, c_int, c_void_p]
-    library.extremes.argtypes = [c_void_p, c_int64, c_void_p]
-    library.energy.argtypes = [c_void_p, c_int64]
-    library.narrow.argtypes = library.widen.argtypes = [c_void_p, c_void_p, c_int64]
-    for name in ("merge_piece", "extremes", "narrow", "widen"):
-        getattr(library, name).restype = None
-    library.energy.restype = c_double
-    return library
+    signatures = {
+        "merge_piece": (None, *[c_void_p] * 3, c_int64, c_float, c_int, c_void_p),
+        "extremes": (None, c_void_p, c_int64, c_void_p),
+        "energy": (c_double, c_void_p, c_int64),
+        "narrow": (None, c_void_p, c_void_p, c_int64),
+        "widen": (None, c_void_p, c_void_p, c_int64),
+    }
+    return load_or_warn(Path(__file__).with_suffix(".c"), "merging", "slower", signatures)
 
 
 def can_merge(*tensors: Tensor | None) -> bool:

@@ -14,22 +14,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mingru.precision import product_dtype
-from runtime.native import load_or_warn
-
-_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
+from runtime.native import SUFFIXES, for_each_dtype, load_or_warn
 
 
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_name("conv_native.c"), "the convolution", "half as fast")
-    if library is None:
-        return None
-    for suffix in _SUFFIXES.values():
-        forward, backward = (getattr(library, f"conv_{name}_{suffix}") for name in ("forward", "backward"))
-        forward.argtypes, forward.restype = [c_void_p] * 6 + [c_int64] * 4, None
-        backward.argtypes, backward.restype = [c_void_p] * 8 + [c_int64] * 5, None
-    return library
+    signatures = {
+        "conv_forward": (None, *[c_void_p] * 6, *[c_int64] * 4),
+        "conv_backward": (None, *[c_void_p] * 8, *[c_int64] * 5),
+    }
+    return load_or_warn(
+        Path(__file__).with_name("conv_native.c"), "the convolution", "half as fast", for_each_dtype(signatures)
+    )
 
 
 class Reach(NamedTuple):
@@ -83,7 +80,7 @@ def convolve(x_BTD: Tensor, past_BPD: Tensor, taps_KD: Tensor, bias_D: Tensor, r
     B, T, D = x_BTD.shape
     assert past_BPD.shape == (B, len(taps_KD) - 1, D)
     assert reach is None or (reach.reset_BT.shape == (B, T) and reach.reset_BT.dtype == torch.bool)
-    fits = x_BTD.is_cpu and x_BTD.dtype in _SUFFIXES and (out := product_dtype(x_BTD)) in _SUFFIXES
+    fits = x_BTD.is_cpu and x_BTD.dtype in SUFFIXES and (out := product_dtype(x_BTD)) in SUFFIXES
     # A compiler fuses the plain formula by itself, and could not look into the kernels.
     if fits and not torch.compiler.is_compiling() and kernels() is not None:
         reset_BT = None if reach is None else reach.reset_BT
@@ -126,7 +123,7 @@ class _NativeTaps(torch.autograd.Function):
 
 def _call(name: str, *tensors: Tensor | None, like: Tensor, taps: int, threads: tuple[int, ...] = ()) -> None:
     """Run a kernel over `tensors`, contiguous; like: the output or its gradient (B, T, D), of the kernel's dtype."""
-    kernel = getattr(kernels(), f"conv_{name}_{_SUFFIXES[like.dtype]}")
+    kernel = getattr(kernels(), f"conv_{name}_{SUFFIXES[like.dtype]}")
     kernel(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *like.shape, taps, *threads)
 
 

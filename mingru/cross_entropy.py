@@ -13,23 +13,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from runtime.native import load_or_warn
+from runtime.native import SUFFIXES, for_each_dtype, load_or_warn
 
 ROWS = 4096  # that torch alone takes at a time
-_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_name("cross_entropy_native.c"), "the loss", "some three times slower")
-    if library is None:
-        return None
-    for suffix in _SUFFIXES.values():
-        for direction in ("forward", "backward"):
-            kernel = getattr(library, f"cross_entropy_{direction}_{suffix}")
-            kernel.argtypes, kernel.restype = [c_void_p] * 4 + [c_int64] * 2, None
-    return library
+    signatures = {
+        "cross_entropy_forward": (None, *[c_void_p] * 4, *[c_int64] * 2),
+        "cross_entropy_backward": (None, *[c_void_p] * 4, *[c_int64] * 2),
+    }
+    return load_or_warn(
+        Path(__file__).with_name("cross_entropy_native.c"),
+        "the loss",
+        "some three times slower",
+        for_each_dtype(signatures),
+    )
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     The backward pass overwrites the logits, which nobody else may need; autograd refuses a second one.
     At least one row. On a CPU a target that is no token raises IndexError by the kernels, RuntimeError by torch.
     """
-    native = logits_NV.is_cpu and logits_NV.dtype in _SUFFIXES and kernels() is not None
+    native = logits_NV.is_cpu and logits_NV.dtype in SUFFIXES and kernels() is not None
     return (_NativeCrossEntropy if native else _CrossEntropy).apply(logits_NV, targets_N)
 
 
@@ -67,7 +68,7 @@ class _NativeCrossEntropy(torch.autograd.Function):
 
 
 def _call(direction: str, logits_NV: Tensor, *tensors: Tensor) -> None:
-    kernel = getattr(kernels(), f"cross_entropy_{direction}_{_SUFFIXES[logits_NV.dtype]}")
+    kernel = getattr(kernels(), f"cross_entropy_{direction}_{SUFFIXES[logits_NV.dtype]}")
     kernel(*(tensor.data_ptr() for tensor in (logits_NV, *tensors)), *logits_NV.shape)
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from mingru.minLM import MinLM, MinLMState
 from mingru.norm import EPSILON
-from runtime.native import load_or_warn
+from runtime.native import SUFFIXES, for_each_dtype, load_or_warn
 
 MOST_LANES = 16  # with more, torch's matrix products may use the weights better
-_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 class _Layer(ctypes.Structure):
@@ -33,13 +32,10 @@ class _Shape(ctypes.Structure):
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_name("decode_native.c"), "decoding", "slower")
-    if library is None:
-        return None
-    for suffix in _SUFFIXES.values():
-        step = getattr(library, f"decode_step_{suffix}")
-        step.argtypes, step.restype = [POINTER(_Shape), POINTER(_Layer)] + [c_void_p] * 8 + [c_int64], None
-    return library
+    signatures = {
+        "decode_step": (None, POINTER(_Shape), POINTER(_Layer), *[c_void_p] * 8, c_int64),
+    }
+    return load_or_warn(Path(__file__).with_name("decode_native.c"), "decoding", "slower", for_each_dtype(signatures))
 
 
 class Decoder:
@@ -60,14 +56,14 @@ class Decoder:
             N=0, D=config.dim, E=config.dim_inner, F=config.dim_ff, K=config.conv_kernel_size or 0,
             V=config.num_tokens, layers=config.depth, epsilon=EPSILON,
         )  # fmt: skip
-        self._step = getattr(kernels(), f"decode_step_{_SUFFIXES[model.token_emb.weight.dtype]}")
+        self._step = getattr(kernels(), f"decode_step_{SUFFIXES[model.token_emb.weight.dtype]}")
         self._scratch = torch.empty(0)
 
     @staticmethod
     def fits(model: MinLM, lanes: int) -> bool:
         """Whether a step here is faster than the model's own: a CPU, a few lanes, and a compiler."""
         weight = model.token_emb.weight
-        small = weight.device.type == "cpu" and weight.dtype in _SUFFIXES and lanes <= MOST_LANES
+        small = weight.device.type == "cpu" and weight.dtype in SUFFIXES and lanes <= MOST_LANES
         return small and kernels() is not None
 
     def step(self, ids_N: Tensor, state: MinLMState, reset_N: Tensor | None = None) -> tuple[Tensor, MinLMState]:

@@ -20,12 +20,10 @@ STEPS = 2**16  # in which the share that is kept can be chosen
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernel; None where it cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_name("dropout_native.c"), "dropout", "some five times slower")
-    if library is None:
-        return None
-    library.dropout.argtypes = [c_void_p] * 2 + [c_int64] * 2 + [c_int32, c_float]
-    library.dropout.restype = None
-    return library
+    signatures = {
+        "dropout": (None, *[c_void_p] * 2, *[c_int64] * 2, c_int32, c_float),
+    }
+    return load_or_warn(Path(__file__).with_name("dropout_native.c"), "dropout", "some five times slower", signatures)
 
 
 def dropout(x: Tensor, chance: float) -> Tensor:

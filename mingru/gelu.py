@@ -10,28 +10,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mingru.precision import product_dtype
-from runtime.native import load_or_warn
-
-_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
+from runtime.native import SUFFIXES, for_each_dtype, load_or_warn
 
 
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_name("gelu_native.c"), "GELU", "slower")
-    if library is None:
-        return None
-    for suffix in _SUFFIXES.values():
-        forward, backward = (getattr(library, f"gelu_{name}_{suffix}") for name in ("forward", "backward"))
-        forward.argtypes, forward.restype = [c_void_p] * 3 + [c_int64] * 2, None
-        backward.argtypes, backward.restype = [c_void_p] * 4 + [c_int64] * 3, None
-    return library
+    signatures = {
+        "gelu_forward": (None, *[c_void_p] * 3, *[c_int64] * 2),
+        "gelu_backward": (None, *[c_void_p] * 4, *[c_int64] * 3),
+    }
+    return load_or_warn(Path(__file__).with_name("gelu_native.c"), "GELU", "slower", for_each_dtype(signatures))
 
 
 def gelu_of(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
     """gelu(layer(x)) of a layer with a bias, exact (by the normal distribution), as torch's default."""
     # A compiler fuses the plain formula by itself, and could not look into the kernels.
-    fits = x_BTD.is_cpu and layer.weight.dtype in _SUFFIXES and product_dtype(x_BTD) in _SUFFIXES
+    fits = x_BTD.is_cpu and layer.weight.dtype in SUFFIXES and product_dtype(x_BTD) in SUFFIXES
     if not fits or torch.compiler.is_compiling() or kernels() is None:
         return F.gelu(layer(x_BTD))
     return _NativeGELU.apply(F.linear(x_BTD, layer.weight).contiguous(), layer.bias.float())
@@ -63,6 +58,6 @@ class _NativeGELU(torch.autograd.Function):
 
 def _call(name: str, *tensors: Tensor, threads: tuple[int, ...] = ()) -> None:
     """Run a kernel over `tensors`, the first of which is (..., F) in the dtype that it works in."""
-    kernel = getattr(kernels(), f"gelu_{name}_{_SUFFIXES[tensors[0].dtype]}")
+    kernel = getattr(kernels(), f"gelu_{name}_{SUFFIXES[tensors[0].dtype]}")
     width = tensors[0].shape[-1]
     kernel(*(tensor.data_ptr() for tensor in tensors), tensors[0].numel() // width, width, *threads)

@@ -10,23 +10,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mingru.precision import product_dtype
-from runtime.native import load_or_warn
+from runtime.native import SUFFIXES, for_each_dtype, load_or_warn
 
 EPSILON = torch.finfo(torch.float32).eps  # the one torch.nn.RMSNorm takes for float32
-_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_name("norm_native.c"), "normalisation", "some three times slower")
-    if library is None:
-        return None
-    for suffix in _SUFFIXES.values():
-        forward, backward = (getattr(library, f"norm_{name}_{suffix}") for name in ("forward", "backward"))
-        forward.argtypes, forward.restype = [c_void_p] * 4 + [c_int64] * 2 + [c_float], None
-        backward.argtypes, backward.restype = [c_void_p] * 6 + [c_int64] * 3, None
-    return library
+    signatures = {
+        "norm_forward": (None, *[c_void_p] * 4, *[c_int64] * 2, c_float),
+        "norm_backward": (None, *[c_void_p] * 6, *[c_int64] * 3),
+    }
+    return load_or_warn(
+        Path(__file__).with_name("norm_native.c"),
+        "normalisation",
+        "some three times slower",
+        for_each_dtype(signatures),
+    )
 
 
 class RMSNorm(nn.Module):
@@ -42,7 +43,7 @@ class RMSNorm(nn.Module):
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)  # sums of squares need it
         # A compiler fuses the plain formula by itself, and could not look into the kernels.
         native = dtype == torch.float32 and not torch.compiler.is_compiling() and kernels() is not None
-        if native and (out := product_dtype(x_BTD)) in _SUFFIXES:
+        if native and (out := product_dtype(x_BTD)) in SUFFIXES:
             return _NativeRMSNorm.apply(x_BTD.to(dtype), self.weight.to(dtype), out)
         return _RMSNorm.apply(x_BTD.to(dtype), self.weight.to(dtype)).to(x_BTD.dtype)
 
@@ -55,7 +56,7 @@ class _NativeRMSNorm(torch.autograd.Function):
         x_BTD, weight_D = x_BTD.contiguous(), weight_D.contiguous()
         out_BTD, scale_BT = torch.empty_like(x_BTD, dtype=dtype), x_BTD.new_empty(x_BTD.shape[:-1])
         addresses = (tensor.data_ptr() for tensor in (x_BTD, weight_D, out_BTD, scale_BT))
-        kernel = getattr(kernels(), f"norm_forward_{_SUFFIXES[dtype]}")
+        kernel = getattr(kernels(), f"norm_forward_{SUFFIXES[dtype]}")
         kernel(*addresses, scale_BT.numel(), len(weight_D), EPSILON)
         ctx.save_for_backward(x_BTD, weight_D, scale_BT)
         return out_BTD
@@ -68,7 +69,7 @@ class _NativeRMSNorm(torch.autograd.Function):
         grad_x_BTD, partial_ND = torch.empty_like(x_BTD), x_BTD.new_zeros(threads, len(weight_D))
         tensors = (grad_BTD, x_BTD, weight_D, scale_BT, grad_x_BTD, partial_ND)
         addresses = (tensor.data_ptr() for tensor in tensors)
-        kernel = getattr(kernels(), f"norm_backward_{_SUFFIXES[grad_BTD.dtype]}")
+        kernel = getattr(kernels(), f"norm_backward_{SUFFIXES[grad_BTD.dtype]}")
         kernel(*addresses, scale_BT.numel(), len(weight_D), threads)
         return grad_x_BTD, partial_ND.sum(dim=0), None
 

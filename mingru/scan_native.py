@@ -12,28 +12,25 @@ from torch import Tensor
 
 from mingru import scan_tiled
 from mingru.scan_operators import register
-from runtime.native import load_or_warn
+from runtime.native import SUFFIXES, for_each_dtype, load_or_warn
 
 SOURCE = Path(__file__).with_suffix(".c")
-_SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    library = load_or_warn(SOURCE, "recurrence", "some four times slower")
-    if library is None:
-        return None
-    for suffix in _SUFFIXES.values():
-        getattr(library, f"scan_forward_{suffix}").argtypes = [c_void_p] * 5 + [c_int64] * 4
-        getattr(library, f"scan_backward_{suffix}").argtypes = [c_void_p] * 8 + [c_int64] * 4
-    library.scan_block.argtypes, library.scan_block.restype = [c_int64] * 3, c_int64
-    return library
+    signatures = {
+        "scan_forward": (None, *[c_void_p] * 5, *[c_int64] * 4),
+        "scan_backward": (None, *[c_void_p] * 8, *[c_int64] * 4),
+    }
+    signatures = {"scan_block": (c_int64, *[c_int64] * 3), **for_each_dtype(signatures)}
+    return load_or_warn(SOURCE, "recurrence", "some four times slower", signatures)
 
 
 def scan(projected_BT2E: Tensor, prev_hidden_BE: Tensor | None, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """See mingru.scan.scan; on a CPU, differentiable once."""
-    fits = projected_BT2E.dtype in _SUFFIXES
+    fits = projected_BT2E.dtype in SUFFIXES
     return (_scan if fits else scan_tiled.scan)(projected_BT2E, prev_hidden_BE, reset_BT)
 
 
@@ -83,7 +80,7 @@ def _call(name: str, *tensors: Tensor | None, like: Tensor) -> None:
     library, (B, T, E) = kernels(), like.shape
     block = library.scan_block(B, E, torch.get_num_threads())
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    getattr(library, f"{name}_{_SUFFIXES[like.dtype]}")(*addresses, B, T, E, block)
+    getattr(library, f"{name}_{SUFFIXES[like.dtype]}")(*addresses, B, T, E, block)
 
 
 _scan, scan_forward = register("native", forward, backward, device_types="cpu")

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch  # loaded first, so that the kernels find its OpenMP runtime and bring none of their own
@@ -20,6 +21,9 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # of some processors gcc takes only half the width
 BUILD_SECONDS = 60
+
+Signatures = Mapping[str, tuple[type | None, ...]]  # of each function the types of its result and of its arguments
+SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of a function's name, by what it works on
 
 
 class NativeUnavailable(Exception):
@@ -53,13 +57,23 @@ def load_kernels(source: Path) -> ctypes.CDLL:
     return kernels
 
 
-def load_or_warn(source: Path, user: str, cost: str) -> ctypes.CDLL | None:
-    """load_kernels(); None where they cannot be had, which is said: who runs without them, and what it costs."""
+def load_or_warn(source: Path, user: str, cost: str, signatures: Signatures) -> ctypes.CDLL | None:
+    """load_kernels() with the signatures of its functions; None where they cannot be had, which is said: who runs
+    without them, and what it costs."""
     try:
-        return load_kernels(source)
+        library = load_kernels(source)
     except NativeUnavailable as error:
         say(f"warning: {user} runs without its C kernel, {cost}: {error}")
         return None
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def for_each_dtype(signatures: Signatures) -> Signatures:
+    """The signatures of functions that there are for each of SUFFIXES, which ends their names."""
+    return {f"{name}_{suffix}": types for name, types in signatures.items() for suffix in SUFFIXES.values()}
 
 
 def cache_folder() -> Path:

@@ -27,12 +27,10 @@ _ALIGNMENT = 16  # bytes that a Triton program reads at once, and at a multiple 
 @functools.cache
 def kernels() -> CDLL | None:
     """The compiled kernel; None where it cannot be had, which is said once."""
-    library = load_or_warn(Path(__file__).with_suffix(".c"), "optimizer", "some three times slower")
-    if library is None:
-        return None
-    library.schedule_free_step.argtypes = [c_void_p] * 4 + [c_int64] + [c_float] * 8
-    library.schedule_free_step.restype = None
-    return library
+    signatures = {
+        "schedule_free_step": (None, *[c_void_p] * 4, c_int64, *[c_float] * 8),
+    }
+    return load_or_warn(Path(__file__).with_suffix(".c"), "optimizer", "some three times slower", signatures)
 
 
 @functools.cache

@@ -554,9 +554,9 @@ def test_evolution_command_runs_resumes_and_shows(data, tmp_path, capsys):
 
 
 def test_evolution_real_ranks_are_measured_as_simulated_ones_are(data, corpus):
-    arm = parse_arm("pair_mean:p=0.5", POLICIES)
-    result = run_real(setting(steps=3000), arm, 1, data, corpus)
-    simulated = run_trial(setting(steps=3000), arm, 1, corpus, CPU)
+    arm, timed = (parse_arm(f"pair_mean:p=0.5{minutes}", POLICIES) for minutes in ("", ",minutes=0.1"))
+    result = run_real(setting(steps=1_000_000), timed, 1, data, corpus)  # by the clock, so that the ranks meet
+    simulated = run_trial(setting(steps=int(result["steps"])), arm, 1, corpus, CPU)
     assert result.keys() <= simulated.keys() and result["parameters"] == simulated["parameters"]
     assert len(result["losses"]) == 2 and result["loss"] == pytest.approx(simulated["loss"], abs=0.1)
     assert result["bytes_sent"] > 0 and result["cpu_s"] > 0

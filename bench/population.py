@@ -45,7 +45,8 @@ class Sample:
 class Population:
     """`ranks` processes of a script under the launcher, one thread each, in a folder of their own.
 
-    As a context it is started on entry, and every process has ended on exit. script: one that takes train.py's flags.
+    As a context it is started on entry, and every process has ended on exit. Should this process die, or the thread
+    that entered, the ranks save and leave. script: one that takes train.py's flags.
     """
 
     def __init__(self, name: str, cwd: Path, ranks: int, script: Path, flags: Sequence[str]) -> None:
@@ -56,7 +57,8 @@ class Population:
         self.registry = self.run_dir / "population"
         self.status: int | None = None  # the launcher's, once it has ended
         self.cpu_seconds = 0.0  # of all its processes, once it has ended
-        launcher = ["-m", "runtime.launch", "--ranks", str(ranks), "--threads_per_rank", "1", "--max_restarts", "1000"]
+        launcher = ["-m", "runtime.launch", "--ranks", str(ranks), "--threads_per_rank", "1", "--max_restarts", "1000",
+                    "--follow", str(os.getpid())]  # fmt: skip
         self._command = [sys.executable, *launcher, "--", str(script), *flags, "--output", "run"]
         self._launcher: subprocess.Popen | None = None
 

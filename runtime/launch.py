@@ -32,6 +32,7 @@ from runtime.errors import UserError
 from runtime.locality import bound, parse_cores
 from runtime.ranks import BEGAN, LAUNCHER, Identity, identity_from_environment
 from runtime.relay import RepeatFilter, Teller, relay
+from runtime.signals import signal_when_parent_dies
 from runtime.supervise import LONGEST_PAUSE, USER_ERROR, Lives, RestartPolicy
 
 # What the launcher is sent -> what each rank is sent. A closed terminal asks the ranks to save and leave.
@@ -244,6 +245,12 @@ def main(arguments: list[str]) -> int:
         metavar="N",
         help=f"longest pause before a first restart, doubled at each up to {LONGEST_PAUSE:g} (default: %(default)g)",
     )
+    parser.add_argument(
+        "--follow",
+        type=as_argument(whole(1)),
+        metavar="PID",
+        help="stop, as by SIGTERM, when this process dies, which started the launcher",
+    )
     if not command and any(word.endswith(".py") for word in own):
         raise UserError("expected -- before the script and its flags, got none: write ... -- train.py ...")
     options = parser.parse_args(normalise_flags(own))
@@ -259,6 +266,10 @@ def main(arguments: list[str]) -> int:
     if not command or not os.path.isfile(command[0]):
         got = repr(command[0]) if command else "nothing"
         raise UserError(f"expected a Python script after --, got {got}: check the path")
+    if options.follow is not None and not signal_when_parent_dies(signal.SIGTERM, options.follow):
+        raise UserError(
+            f"expected --follow with the process that started this one, got {options.follow}: start it there"
+        )
     if options.task:
         identities, forwarded = [identity_from_environment(os.environ)], FORWARDED_IN_TASK
     else:

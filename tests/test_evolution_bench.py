@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import math
@@ -5,8 +6,10 @@ import os
 import random
 import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -447,31 +450,90 @@ def test_evolution_finished_trials_are_never_run_again(data, tmp_path):
     assert {task.path for task in tasks if task.path.stat().st_mtime_ns != written[task.path]} == {tasks[1].path}
 
 
-@pytest.mark.parametrize("real", [[], ["--real"]], ids=["simulated", "real"])
-def test_evolution_leaves_no_process_behind_when_it_is_killed(data, tmp_path, real):
+@pytest.fixture(params=[[], ["--real"]], ids=["simulated", "real"])
+def busy(request, data, tmp_path):
+    """A laboratory with two trials of two ranks that do not end by themselves, and its processes."""
     words = ["--cpu", "--data", str(data), "--output", str(tmp_path / "out"), "--jobs", "2", "--arms", "solo",
-             "pair_mean", "--replicas", "2", "--steps", "1000000", "--dim", "8", "--depth", "1", *real]  # fmt: skip
-    laboratory = subprocess.Popen(
-        [sys.executable, "-m", "bench.evolution", *words], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    try:
-        wanted = 2 + 2 * (1 + 2) if real else 2  # workers; launchers and ranks
-        eventually(lambda: len(family := descendants(laboratory.pid)) >= wanted and family)
-        handles = [os.pidfd_open(pid) for pid in descendants(laboratory.pid)]
-    finally:
-        laboratory.kill()
-        laboratory.wait()
-    for handle in handles:
-        ended, _, _ = select.select([handle], [], [], PATIENCE)
+             "pair_mean", "solo:lr=2", "--replicas", "2", "--steps", "1000000", "--dim", "8", "--depth", "1",
+             *request.param]  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench.evolution", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as laboratory:  # fmt: skip
+        try:
+            ranks = 2 * 2 if request.param else 0
+            of_trials = (("spawn_main", 2), ("runtime.launch", ranks // 2), ("train.py", ranks + ranks // 2))
+            eventually(lambda: all(len(named(word, laboratory.pid)) == number for word, number in of_trials))
+            yield laboratory, watched(laboratory.pid)
+        finally:
+            laboratory.kill()
+
+
+def all_end(family):
+    deadline = time.monotonic() + PATIENCE
+    for handle, line in family:
+        ended, _, _ = select.select([handle], [], [], max(0, deadline - time.monotonic()))
         os.close(handle)
-        assert ended
+        assert ended, f"still there: {line}"
+
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["it", "its workers too"])
+def test_evolution_leaves_no_process_behind_when_it_is_killed(busy, kill):
+    laboratory, family = busy
+    kill(laboratory.pid, signal.SIGKILL)
+    all_end(family)
+
+
+def test_evolution_ends_with_all_its_processes_at_ctrl_c(busy):
+    laboratory, family = busy
+    os.killpg(laboratory.pid, signal.SIGINT)  # as a terminal does
+    assert laboratory.wait(PATIENCE) == 130
+    all_end(family)
+    assert "Traceback" not in laboratory.stderr.read()
+
+
+def test_evolution_in_one_process_ends_at_ctrl_c_with_what_a_trial_started(data, tmp_path):
+    words = ["--cpu", "--real", "--data", str(data), "--output", str(tmp_path), "--arms", "solo", "pair_mean",
+             "--replicas", "2", "--steps", "1000000", "--dim", "8", "--depth", "1"]  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench.evolution", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as laboratory:
+        eventually(lambda: len(named("train.py", laboratory.pid)) == 3)
+        family = watched(laboratory.pid)
+        laboratory.send_signal(signal.SIGINT)
+        assert laboratory.wait(PATIENCE) == 130
+        all_end(family)
+        assert "Traceback" not in laboratory.stderr.read()
+
+
+def watched(pid):
+    """A handle and the command line of each process that a process started, and of theirs."""
+    family = []
+    for member, line in family_of(pid).items():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            family.append((os.pidfd_open(member), line))
+    return family
+
+
+def named(word, pid):
+    return [line for line in family_of(pid).values() if word in line]
+
+
+def family_of(pid):
+    """The command lines of the processes that a process started, and of theirs."""
+    lines = {}
+    for descendant in descendants(pid):
+        with contextlib.suppress(OSError):  # it has just ended
+            lines[descendant] = Path(f"/proc/{descendant}/cmdline").read_text().replace("\0", " ")
+    return lines
 
 
 def descendants(pid: int) -> set[int]:
     """The processes that a process started, theirs too."""
     children = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        children |= {int(word) for word in (task / "children").read_text().split()}
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # its thread has just ended
+            children |= {int(word) for word in task.read_text().split()}
     return children.union(*map(descendants, children))
 
 

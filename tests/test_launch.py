@@ -213,14 +213,43 @@ if os.environ["RANK"] == "1":
         (["--ranks", "2", "--", "absent.py"], "script after --, got 'absent.py'"),
         (["--ranks", "2"], "script after --, got nothing"),
         (["--ranks", "2", "train.py", "--lr", "1"], "expected -- before the script and its flags, got none"),
+        (["--ranks", "2", "--follow", "1", "--", __file__], "--follow with the process that started this one, got 1"),
         ([], "--ranks --task is required"),
     ],
-    ids=["words", "no-ranks", "no-threads", "no-restarts", "no-pause", "no-file", "no-script", "no-dashes", "nothing"],
+    ids=[
+        "words",
+        "no-ranks",
+        "no-threads",
+        "no-restarts",
+        "no-pause",
+        "no-file",
+        "no-script",
+        "no-dashes",
+        "stranger",
+        "nothing",
+    ],
 )
 def test_launch_refuses_bad_input_with_status_2(arguments, said):
     command = [sys.executable, "-m", "runtime.launch", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr
+
+
+STARTER = """
+import os, subprocess, sys
+subprocess.run([sys.executable, "-m", "runtime.launch", "--ranks", "2", "--follow", str(os.getpid()), *sys.argv[1:]])
+"""
+
+
+def test_launch_stops_its_ranks_when_the_process_that_it_follows_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LISTENER)
+    command = [sys.executable, "-c", STARTER, "--", str(script), "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as starter:
+        expect_lines(starter, "ready", "[rank 1] ready")
+        starter.kill()
+        expect_lines(starter, "SIGTERM", "[rank 1] SIGTERM", "pending 0", "[rank 1] pending 0")
+        assert starter.stdout.read() == ""  # the launcher has ended, and with it the last who could write
 
 
 # A rank that says when it was asked to leave, and leaves at the third time.

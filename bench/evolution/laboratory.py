@@ -1,15 +1,17 @@
 """Which trials are to be run, and running them: one file each, so that what is finished is never run again."""
 
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -58,41 +60,68 @@ def run_tasks(tasks: Iterable[Task], data: Path, device: torch.device, jobs: int
     waiting = [task for task in tasks if not task.path.exists()]
     say(f"{len(waiting)} trials to run")
     failed = 0
-    run = perform if jobs == 1 else _perform_in_worker
-    with _executor(jobs) as pool:
-        futures = {pool.submit(run, task, data, device): task for task in waiting}
-        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            task, error = futures[future], future.exception()
-            if error is not None:
-                failed += 1
-                say(f"{number}/{len(waiting)} {task} failed: {error!r}")
-            else:
-                result = future.result()
-                say(f"{number}/{len(waiting)} {task}: {result['loss']:.4f} nats/byte, {result['cpu_s']:.0f} CPU-s")
+    outcomes = (_in_turn if jobs == 1 else functools.partial(_side_by_side, jobs))(waiting, data, device)
+    for number, (task, outcome) in enumerate(outcomes, 1):
+        if isinstance(outcome, BaseException):
+            failed += 1
+            say(f"{number}/{len(waiting)} {task} failed: {outcome!r}")
+        else:
+            say(f"{number}/{len(waiting)} {task}: {outcome['loss']:.4f} nats/byte, {outcome['cpu_s']:.0f} CPU-s")
     return failed
 
 
-def _executor(jobs: int) -> concurrent.futures.Executor:
-    if jobs == 1:
-        return concurrent.futures.ThreadPoolExecutor(1)
-    return concurrent.futures.ProcessPoolExecutor(
+def _in_turn(tasks: Iterable[Task], data: Path, device: torch.device) -> Iterator[tuple[Task, dict | Exception]]:
+    for task in tasks:
+        try:
+            yield task, perform(task, data, device)
+        except Exception as error:
+            yield task, error
+
+
+def _side_by_side(
+    jobs: int, tasks: Iterable[Task], data: Path, device: torch.device
+) -> Iterator[tuple[Task, dict | BaseException]]:
+    pool = concurrent.futures.ProcessPoolExecutor(
         jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
     )
+    try:
+        futures = {pool.submit(_perform_in_worker, task, data, device): task for task in tasks}
+        for future in concurrent.futures.as_completed(futures):
+            yield futures[future], future.exception() or future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown()
 
 
 def _begin_worker(laboratory: int) -> None:
-    """In a new process: one thread, and it ends with the laboratory, and whatever a trial started with it."""
+    """In a new process: one thread, and it ends with the laboratory, to which Ctrl-C is left."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not signal_when_parent_dies(signal.SIGTERM, laboratory):
         sys.exit(1)
 
 
 def _perform_in_worker(task: Task, data: Path, device: torch.device) -> dict:
-    try:
+    """perform(); SIGTERM meanwhile ends this process, and first the processes that a real trial has started."""
+    if not task.real:
         return perform(task, data, device)
-    except SystemExit as end:  # what the trial had started has ended; the pool would take this for the trial's failure
+    try:
+        signal.signal(signal.SIGTERM, _leave)
+        try:
+            return perform(task, data, device)
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    except SystemExit as end:  # the pool would take it for the trial's failure
         os._exit(end.code)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # said again, it would keep what is to be ended from being ended
+    sys.exit(128 + number)
 
 
 def perform(task: Task, data: Path, device: torch.device) -> dict:

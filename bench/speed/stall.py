@@ -30,7 +30,8 @@ def measure(setting: Setting) -> Iterator[Row]:
         corpus = Path(folder) / "corpus"
         corpus.write_bytes(os.urandom(2**20))
         setting.tell(f"two ranks of {steps} steps")
-        launch = ["-m", "runtime.launch", "--ranks", "2", "--threads_per_rank", "1", "--max_restarts", "0"]
+        launch = ["-m", "runtime.launch", "--ranks", "2", "--threads_per_rank", "1", "--max_restarts", "0",
+                  "--follow", str(os.getpid())]  # fmt: skip
         flags = ["--data", str(corpus), "--output", "run", "--train_steps", str(steps), *FLAGS]
         size = QUICK_SIZE if setting.quick else SIZE
         command = [sys.executable, *launch, "--", ringing.__file__, *flags, *size]

@@ -30,7 +30,7 @@ TOOL_SECONDS = 60.0
 TOLERANCE = 1e-3  # of a product of 512 terms in float32, for reduced-precision matrix units too
 # (B, T, E): on any GPU the first is run through as a whole, and the second in segments of time.
 SCANS = {"scan": (2, 100, 96), "scan in segments": (2, 1024, 96)}
-LEAST_FREE = 20 * 2**30  # bytes: a checkpoint of a model of 1g parameters is 16 GiB
+LEAST_FREE = 20 * 2**30  # bytes: a checkpoint of a model of 1g parameters is 16 GiB, and other things need room too
 MEET_SECONDS = 300
 TINY = (
     "--cpu --dim 16 --depth 1 --batch_size 2 --chunk_size 32 --val_every 0 --max_minutes 4 "
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         print(f"failed: {', '.join(failures)}")
         return 1
     if seen:
-        print(f"ok: {seen} {kind} GPU{'s' if seen > 1 else ''} fit to train on")
+        print(f"ok: {seen} {'' if kind == 'none' else f'{kind} '}GPU{'s' if seen > 1 else ''} fit to train on")
         return 0
     print("ok: no GPU here; training works on the CPU: ./train.local.sh")
     return 3
@@ -161,7 +161,7 @@ def free_space(folder: Path) -> str:
         folder = folder.absolute().parent
     with tempfile.TemporaryFile(dir=folder):
         free = shutil.disk_usage(folder).free
-    note = "" if free >= LEAST_FREE else f", less than the {LEAST_FREE / 2**30:.0f} GiB of one checkpoint of 1g"
+    note = "" if free >= LEAST_FREE else ", too little for the first checkpoint of 1g parameters, of 16 GiB"
     return f"{free / 2**30:.1f} GiB free{note}"
 
 

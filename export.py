@@ -66,7 +66,8 @@ def main(arguments: list[str]) -> None:
 def _refuse_repeats(paths: list[Path]) -> None:
     seen: dict[Path, Path] = {}
     for path in paths:
-        other = seen.setdefault(path.resolve(), path)
+        best = path / "best.pt"  # of a run directory
+        other = seen.setdefault((best if best.exists() else path).resolve(), path)
         if other is not path:
             raise UserError(f"expected different models to average, got {other} and {path}, one file: leave one out")
 

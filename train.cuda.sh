@@ -10,6 +10,10 @@
 # status is 0 only if every rank was done. ./check_gpus.sh says whether the GPUs are fit.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ ! -e runtime/launching.sh ]; then # sbatch runs a copy that lies elsewhere
+    echo "error: expected the script in the project's folder, got a copy in $PWD: sbatch --wrap ./train.cuda.sh" >&2
+    exit 2
+fi
 
 # Settings; the environment overrides them. RANKS: default one per GPU; as many as it had for a run that is resumed.
 # THREADS_PER_RANK: default cores / RANKS.

@@ -100,7 +100,7 @@ if type module >/dev/null 2>&1; then
 fi
 VENV_PYTHON=$VENV/bin/python
 if [ ! -x "$VENV_PYTHON" ]; then
-    echo "error: expected a Python environment in $VENV, got none: run ./train.frontier.sh on a login node" >&2
+    echo "error: expected a Python environment in $VENV, got none: make it on a login node, see docs/clusters.md" >&2
     exit 2
 fi
 choose_run "runs/frontier_$SLURM_JOB_ID"
@@ -109,8 +109,9 @@ ranks=$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))
 # The time limit is near: every rank is asked to save and leave, by a signal that does no harm if it comes twice. What
 # failed here would end the job before it is requeued.
 requeue=0 deadline=$((1 << 60))
+LEAST_SECONDS=120 # of a life that does more than start
 near_the_limit() {
-    requeue=1 deadline=$((SECONDS + SAVE_SECONDS))
+    requeue=1 told=$SECONDS deadline=$((SECONDS + SAVE_SECONDS))
     printf -v asked '%(%s)T' -1
     scancel --signal=USR2 "$SLURM_JOB_ID" || say "warning: the ranks could not be told"
     say "the time limit is near: every rank saves and leaves"
@@ -178,6 +179,10 @@ if ((requeue)); then
         say "warning: not every rank has left in $SAVE_SECONDS s"
     else
         clear_nodes
+    fi
+    if ((told < LEAST_SECONDS && ${SLURM_RESTART_COUNT:-0} > 0)); then
+        say "error: not requeued: the time limit was near $told s after the start, again: give a longer --time"
+        exit 1
     fi
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         say "error: not requeued: go on by sbatch train.frontier.sh --resume $RUN_DIR"

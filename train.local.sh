@@ -13,6 +13,10 @@
 # Ctrl-C once: every rank saves and leaves, and the results are shown; twice: they leave at once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ ! -e runtime/launching.sh ]; then # sbatch runs a copy that lies elsewhere
+    echo "error: expected the script in the project's folder, got a copy in $PWD: sbatch --wrap ./train.local.sh" >&2
+    exit 2
+fi
 
 # Settings; the environment overrides them. RANKS: default one per GPU, else 4; as many as it had for a run that is
 # resumed. THREADS_PER_RANK: default cores / RANKS.
@@ -35,7 +39,7 @@ arguments=("$@")
 source runtime/launching.sh
 # Settings as well; a run that is resumed has its own host, and no limit, unless they are set.
 if ! given --resume; then
-    MAX_MINUTES=${MAX_MINUTES:-2}
+    if ! given --train_steps --train-steps; then MAX_MINUTES=${MAX_MINUTES:-2}; fi
     GOSSIP_HOST=${GOSSIP_HOST:-127.0.0.1}
 fi
 ensure_venv requirements.txt

@@ -45,15 +45,16 @@ def main(arguments: list[str]) -> int:
     if on_gpu and (wrong := sorted(set(names) & set(CPU_ONLY))):
         raise UserError(f"expected benchmarks of a GPU beside --cuda or --rocm, got {wrong[0]}: leave it or that out")
     setting = Setting(device, given.rounds, given.quick, tell if sys.stderr.isatty() else lambda text: None)
+    folder = given.output or (None if given.quick else RESULTS)
     rows: dict[str, list[Row]] = {}
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         meanwhile, rows[name] = Meanwhile(), []
         for row in importlib.import_module(f"bench.speed.{name}").measure(setting):
             rows[name].append(row)
-            write(given.output, name, rows[name], setting, meanwhile, whole=False)
+            write(folder, name, rows[name], setting, meanwhile, whole=False)
             tell(f"{row.case}: {row.ours:.4g} {row.unit}" + ("" if sys.stderr.isatty() else "\n"))
-        write(given.output, name, rows[name], setting, meanwhile, whole=True)
+        write(folder, name, rows[name], setting, meanwhile, whole=True)
         elapsed, others = meanwhile.seconds(), meanwhile.cores_used_by_others()
         print(f"\r\033[K{name}: {elapsed:.0f} s; other processes used {others:.2f} cores", file=sys.stderr, flush=True)
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
@@ -70,7 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="of each comparison, at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch and the C kernels (default: torch's own number)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: shows only that it runs")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the figures (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help=f"folder of the figures (default: {RESULTS}; none with --quick)")
     given = parser.parse_args(normalise_flags(arguments))
     if unknown := sorted(set(given.names) - set(NAMES)):
         raise UserError(f"expected benchmarks among {', '.join(NAMES)}, got {unknown[0]!r}: correct it")
@@ -109,8 +110,10 @@ class Meanwhile:
         return max(0.0, others) / self.seconds()
 
 
-def write(folder: Path, name: str, rows: list[Row], setting: Setting, meanwhile: Meanwhile, whole: bool) -> None:
-    """One benchmark's figures so far as JSON. whole: there are no more to come."""
+def write(folder: Path | None, name: str, rows: list[Row], setting: Setting, meanwhile: Meanwhile, whole: bool) -> None:
+    """One benchmark's figures so far as JSON, if there is a folder for them. whole: there are no more to come."""
+    if folder is None:
+        return
     content = provenance("bench") | {
         "device": str(setting.device),
         "threads": torch.get_num_threads(),

@@ -12,6 +12,9 @@ from typing import NamedTuple
 from preparation import json_lines, parquet
 from preparation.streams import PIECE_BYTES, compression, need, open_stream
 from runtime.errors import UserError
+from runtime.stderr import say
+
+PACKED = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar", ".tgz")  # which nothing here unpacks
 
 
 class Piece(NamedTuple):
@@ -49,7 +52,8 @@ def read_pieces(path: Path, text_field: str, position: int = 0) -> Iterator[Piec
 
 
 def check_files(paths: Sequence[Path]) -> None:
-    """What can be known before hours have passed: every file may be read, by packages that are there; UserError."""
+    """What can be known before hours have passed: every file may be read, by packages that are there; UserError. Warns
+    of files that are packed in other ways."""
     for path in paths:
         if not os.path.isfile(path) or not os.access(path, os.R_OK):
             raise UserError(f"expected a readable file, got {path}: mend it or leave it out")
@@ -59,6 +63,8 @@ def check_files(paths: Sequence[Path]) -> None:
             need("pyarrow", path)
         if compression(path) == ".zst":
             need("zstandard", path)
+    if packed := [path for path in paths if _kind(path) in PACKED]:
+        say(f"warning: {len(packed)} files stay packed, as {packed[0]}: their bytes are joined as they are")
 
 
 def _kind(path: Path) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from runtime.arguments import ArgumentParser, as_argument, normalise_flags, run_main, whole
 from runtime.errors import UserError
-from runtime.locality import bound, parse_cores
+from runtime.locality import bound, format_cores, parse_cores
 from runtime.ranks import BEGAN, LAUNCHER, Identity, identity_from_environment
 from runtime.relay import RepeatFilter, Teller, relay
 from runtime.signals import signal_when_parent_dies
@@ -215,7 +215,7 @@ def main(arguments: list[str]) -> int:
     who.add_argument("--ranks", type=as_argument(whole(1)), metavar="N", help="processes to start on this host")
     who.add_argument("--task", action="store_true", help="one process: the rank that the environment tells of")
     parser.add_argument(
-        "--cores", nargs="+", action="extend", type=parse_cores, metavar="LIST",
+        "--cores", nargs="+", action="extend", type=as_argument(parse_cores), metavar="LIST",
         help="cores of each rank, as 0-7 8-15 (default: any)",
     )  # fmt: skip
     parser.add_argument(
@@ -266,6 +266,13 @@ def main(arguments: list[str]) -> int:
     if not command or not os.path.isfile(command[0]):
         got = repr(command[0]) if command else "nothing"
         raise UserError(f"expected a Python script after --, got {got}: check the path")
+    usable = os.sched_getaffinity(0)
+    for cores in options.cores or ():
+        if not cores & usable:
+            raise UserError(
+                f"expected --cores among those that this process may use, {format_cores(usable)}, got "
+                f"{format_cores(cores)}: correct them"
+            )
     if options.follow is not None and not signal_when_parent_dies(signal.SIGTERM, options.follow):
         raise UserError(
             f"expected --follow with the process that started this one, got {options.follow}: start it there"

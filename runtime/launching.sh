@@ -67,7 +67,7 @@ run_ranks() {
     before=$(readlink -- "$RUN_DIR/latest.pt" || true)
     # The launcher gets a process group of its own: a signal then reaches it once, through this script.
     local signal launcher=
-    for signal in INT TERM HUP USR1; do
+    for signal in INT TERM HUP USR1 USR2; do
         # shellcheck disable=SC2064  # the signal of this round
         trap "[ -z \"\$launcher\" ] || kill -s $signal \"\$launcher\" 2>/dev/null || true" "$signal"
     done
@@ -80,7 +80,7 @@ run_ranks() {
     done
     STATUS=0
     wait "$launcher" || STATUS=$?
-    trap - INT TERM HUP USR1
+    trap - INT TERM HUP USR1 USR2
     # A mistake, and nothing was trained: its line is not to be buried under a table of what was there before.
     if [ "$STATUS" -eq 2 ] && [ "$(readlink -- "$RUN_DIR/latest.pt" || true)" = "$before" ]; then exit 2; fi
 }

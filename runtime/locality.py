@@ -65,7 +65,7 @@ def parse_cores(text: str) -> set[int]:
                 raise ValueError
             cores.update(range(int(low), last + 1))
     except ValueError:
-        raise UserError(f"expected a list of cores such as 0-3,8, got {text.strip()!r}") from None
+        raise UserError(f"expected a list of cores such as 0-3,8, got {text.strip()!r}: write it so") from None
     return cores
 
 

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-NEEDED = ("torch", "numpy", "blake3", "tqdm", "rich")  # wherever a script begins
+NEEDED = ("torch", "numpy", "schedulefree", "blake3", "tqdm", "rich")  # wherever a script begins
 
 missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 if missing:

@@ -50,7 +50,7 @@ def identity_from_environment(environment: Mapping[str, str]) -> Identity:
         "began": _number(environment, BEGAN, float) if BEGAN in environment else None,
     }
     for source, (rank_name, world_name, local_name) in _SOURCES:
-        if rank_name not in environment:
+        if rank_name not in environment or (source == "slurm" and world_name not in environment):  # a plain sbatch
             continue
         rank = _number(environment, rank_name)
         world_size = _number(environment, world_name)

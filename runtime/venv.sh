@@ -9,17 +9,24 @@ ensure_venv() {
     if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
         make_venv || return
     fi
-    if ! cat "$requirements" requirements*.txt | cmp -s - "$stamp"; then
+    if [ "$(cat "$requirements" requirements*.txt)" != "$(cat "$stamp" 2>/dev/null)" ]; then
         echo "installing $requirements into .venv" >&2
-        "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || return
+        local quiet=--quiet
+        if [ -t 2 ]; then quiet=--progress-bar=on; fi # gigabytes, where torch brings a GPU's libraries
+        "$VENV_PYTHON" -m pip install "$quiet" --disable-pip-version-check -r "$requirements" >&2 || return
         cat "$requirements" requirements*.txt >"$stamp"
     fi
 }
 
 make_venv() {
     local base=${PYTHON:-python3}
-    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "error: expected Python 3.10 or newer as $base: install it, or name another by PYTHON=..." >&2
+    if [ "$(uname)" != Linux ]; then
+        echo "error: expected Linux, got $(uname): nothing here was written for another system" >&2
+        return 2
+    fi
+    # What the pinned packages are built for.
+    if ! "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'; then
+        echo "error: expected Python 3.10 to 3.13 as $base: install one, or name another by PYTHON=..." >&2
         return 2
     fi
     echo "making .venv" >&2

@@ -93,6 +93,14 @@ def test_bench_writes_each_row_as_it_comes(tmp_path, monkeypatch):
     assert [row["case"] for row in told["rows"]] == ["first"] and not told["whole"]
 
 
+def test_bench_quick_figures_are_written_only_where_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.__main__.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.speed.registry.measure", lambda setting: iter([Row("a", 1.0, "ms")]))
+    monkeypatch.setattr("bench.__main__.keep_freed_memory", lambda: None)
+    assert main(["registry", "--quick"]) == 0 and not list(tmp_path.iterdir())
+    assert main(["registry"]) == 0 and [path.name for path in tmp_path.iterdir()] == ["registry.json"]
+
+
 @pytest.mark.parametrize("flags", [["--cuda"], ["--rocm"], ["--cuda", "--rocm"]], ids=" ".join)
 def test_bench_refuses_a_gpu_that_is_not_here(flags):
     if torch.cuda.is_available():

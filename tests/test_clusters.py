@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,40 @@ def test_a_new_run_is_started_with_the_settings(told, text, script):
     assert {"--output", "--batch_size", "--chunk_size", "--gossip_mixing_rate", "--dim"} <= set(flags)
 
 
+def test_train_local_ends_by_its_clock_only_where_no_other_end_is_given(told, text):
+    _, flags = told("train.local.sh", "--data", str(text), "--train_steps", "7", RANKS="2")
+    assert "--max_minutes" not in flags
+    _, flags = told("train.local.sh", "--data", str(text), "--train_steps", "7", RANKS="2", MAX_MINUTES="3")
+    assert flags[:2] == ["--max_minutes", "3"]
+
+
+@pytest.mark.parametrize("script", ["train.local.sh", "train.cuda.sh"])
+def test_a_script_that_was_copied_away_says_so(project, tmp_path_factory, script):
+    copy = shutil.copy(project / script, tmp_path_factory.mktemp("spool") / "slurm_script")  # as sbatch does
+    done = subprocess.run([copy], capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: expected the script in the project's folder, got a copy in ")
+    assert done.stderr.endswith(f": sbatch --wrap ./{script}\n") and done.stderr.count("\n") == 1
+
+
+def test_train_local_passes_on_every_signal_that_means_to_leave(project, text):
+    (project / "train.py").unlink()
+    (project / "train.py").write_text(SAVES_AND_LEAVES)
+    script = subprocess.Popen(
+        [project / "train.local.sh", "--data", text], cwd=project, env=clean_environment() | {"RANKS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        rank = os.pidfd_open(int(eventually(lambda: (project / "rank").exists() and (project / "rank").read_text())))
+        script.send_signal(signal.SIGUSR2)
+        ended, _, _ = select.select([rank], [], [], 60)
+        os.close(rank)
+        assert ended and script.wait(60) >= 0  # the script itself goes on to its table
+    finally:
+        script.kill()
+        script.wait()
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--output", "--output="])
 @pytest.mark.parametrize("script", ["train.local.sh", "train.cuda.sh", "train.frontier.sh"])
 def test_a_folder_that_is_not_named_is_asked_for_in_one_line(project, script, flag):
@@ -199,14 +234,15 @@ signal.sigwait([signal.SIGUSR2])
 """
 
 
-def test_train_frontier_is_requeued_though_nothing_can_be_staged_told_or_written_down(project, text):
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_train_frontier_is_requeued_though_nothing_can_be_staged_told_or_written_down(project, text, restarts):
     for name, script in STUBS.items():
         path = fake(project, name, script, shell="/bin/bash")
     (project / "train.py").unlink()
     (project / "train.py").write_text(SAVES_AND_LEAVES)
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "1",
            "SLURM_JOB_NODELIST": "here", "SLURM_PROCID": "0", "SLURM_NPROCS": "1", "SLURM_LOCALID": "0",
-           "NVME": "/proc/absent"}  # fmt: skip
+           "NVME": "/proc/absent", "SLURM_RESTART_COUNT": str(restarts)}  # fmt: skip
     with open("/dev/full", "w") as full:
         script = subprocess.Popen(
             [project / "train.frontier.sh", "--data", text], cwd=project, env=clean_environment() | path | job,
@@ -215,11 +251,13 @@ def test_train_frontier_is_requeued_though_nothing_can_be_staged_told_or_written
     try:
         eventually(lambda: (project / "rank").exists() or script.poll() is not None, 60)
         script.send_signal(signal.SIGUSR1)
-        assert script.wait(60) == 0
+        assert script.wait(60) == restarts
     finally:
         script.kill()
         script.wait()
-    assert (project / "calls").read_text() == "scancel --signal=USR2 7\nscontrol requeue 7\n"
+    # But not if its time was as short the last time: that would go on for ever.
+    requeued = "" if restarts else "scontrol requeue 7\n"
+    assert (project / "calls").read_text() == "scancel --signal=USR2 7\n" + requeued
 
 
 def test_train_frontier_names_a_setting_that_is_no_number(project):

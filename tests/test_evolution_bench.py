@@ -573,7 +573,7 @@ def test_evolution_pairs_are_of_common_seeds():
 def result_of(arm, seed, losses, relative, ranks=4):
     return {
         "arm": arm, "seed": seed, "ranks": ranks, "loss": sum(losses) / len(losses), "best": min(losses),
-        "loss_of_mean": min(losses) - 0.1, "bytes_over_ddp": relative, "cpu_s": 60.0, "setting": {},
+        "loss_of_mean": min(losses) - 0.1, "bytes_over_ddp": relative, "cpu_s": 60.0, "setting": {}, "options": {},
     }  # fmt: skip
 
 
@@ -587,6 +587,18 @@ def test_evolution_rows_compare_with_mean_and_best_at_the_same_seeds():
     assert ours.soup.mean == pytest.approx(1.45) and solo.soup.mean == pytest.approx(1.55)
     assert ours.over_mean.mean == pytest.approx(-0.2) and ours.over_best.mean == pytest.approx(-0.1)
     assert ours.over_mean.half == pytest.approx(0, abs=1e-9) and solo.over_mean.mean == 0
+
+
+def test_evolution_rows_keep_an_arm_apart_from_itself_with_other_defaults():
+    old, new = ({"p": "0.1", "limit": limit} for limit in ("2", "4"))
+    results = [
+        result_of("ours", 1, [1.5], 0.04) | {"options": old}, result_of("ours", 2, [1.7], 0.04) | {"options": old},
+        result_of("ours", 1, [1.4], 0.04) | {"options": new}, result_of("solo", 1, [1.8], 0),
+    ]  # fmt: skip
+    assert [(row.arm, row.loss.mean) for row in rows_of(results, "solo")] == [
+        ("ours (limit=4)", 1.4), ("ours (limit=2)", 1.6), ("solo", 1.8),
+    ]  # fmt: skip
+    assert [row.over_mean for row in rows_of(results, "ours")] == [None] * 3
 
 
 def test_evolution_plot_is_drawn(tmp_path):

@@ -226,6 +226,7 @@ def test_export_refuses_weights_that_are_not_finite(tmp_path):
         (["--model", "run", "--output", "held_out.txt"], "expected a new --output, got held_out.txt"),
         (["--model", "run", "--output", "held_out.txt/x"], "expected to write held_out.txt/x"),
         (["--average", "run/elite_01.pt", "run/best.pt"], "one file: leave one out"),
+        (["--average", "run", "run/best.pt"], "got run and run/best.pt, one file: leave one out"),
         (["--average", "run/elite_01.pt", "other.pt"], "expected models of one shape"),
         (["--model", "run", "--document_delimiter", "xyz"], "expected a byte in hexadecimal"),
     ],

@@ -148,6 +148,15 @@ def test_static_peers_meet_without_a_registry(text, tmp_path):
     assert "merged" in {row["event"] for rank in (0, 1) for row in events(tmp_path, rank)}
 
 
+def test_a_population_that_is_resumed_goes_on_with_every_rank(text, tmp_path):
+    finish(start(text, tmp_path, 2, "--train_steps", "5"))
+    command = [sys.executable, "-m", "runtime.launch", "--ranks", "2", "--", str(ROOT / "train.py")]
+    flags = ["--resume", "run", "--train_steps", "8"]
+    again = subprocess.run([*command, *flags], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=180)
+    assert again.returncode == 0
+    assert {(file.rank, file.step) for file in list_checkpoints(tmp_path / "run")} >= {(0, 8), (1, 8)}
+
+
 def test_ctrl_c_once_makes_every_rank_save_and_exit_0(text, tmp_path):
     process = start(text, tmp_path, 3)
     metrics = [tmp_path / "run" / "metrics" / f"rank_{rank:04d}.tsv" for rank in range(3)]

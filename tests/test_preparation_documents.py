@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import prepare_data
 from preparation import documents, json_lines
-from preparation.documents import read_pieces
+from preparation.documents import check_files, read_pieces
 from runtime.errors import UserError
 
 TEXTS = ["first\nof all", "", 'quotes " and \\ backslashes \\u0041', "naïve 😀 \x01\x7f", "a bound\x1eary", "last"]
@@ -207,6 +207,14 @@ def test_prepare_data_says_which_package_is_missing_before_it_begins(tmp_path, m
     with pytest.raises(UserError, match=rf"expected the package {package} .* pip install -r requirements-data\.txt"):
         prepare_data.main([str(tmp_path / name), "--output", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_prepare_data_warns_of_files_that_it_does_not_unpack(tmp_path, capsys):
+    for name in ("a.txt", "b.tar.gz", "c.xz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"c"))
+    check_files(sorted(tmp_path.iterdir()))
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"warning: 2 files stay packed, as {tmp_path}/b.tar.gz: ")
 
 
 def test_prepare_data_refuses_a_compressed_parquet_file(tmp_path):

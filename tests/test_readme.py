@@ -103,9 +103,13 @@ COMMANDS: dict[str, Here | Elsewhere] = {
         CLUSTERS, "test_torchrun_starts_a_population"
     ),
     "export GRUBOROS_SECRET=...": BY_HAND,
-    "export WORLD_SIZE=2 LOCAL_RANK=0 RANK=0": BY_HAND,
+    "export WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 RANK=0": BY_HAND,
     "python train.py ... --output runs/pair --no_filesystem_coordinator --gossip_host eth0 --gossip_port 29400 "
     "--gossip_peers host1:29400,host2:29400": BY_HAND,
+    "./train.local.sh --resume output_dir": Elsewhere(CLUSTERS, "test_a_resumed_run_goes_on_as_it_was_started"),
+    "python -m runtime.launch --ranks 4 -- train.py --resume output_dir": Elsewhere(
+        "tests/test_population_run.py", "test_a_population_that_is_resumed_goes_on_with_every_rank"
+    ),
     "python train.py --resume output_dir": Here(add="--train_steps 4"),
     "python train.py --resume output_dir --lr 1e-3 --train_steps 100k": Here(add="--train_steps 4"),
     "python train.py --init_from output_dir/best.pt --data other.txt --output finetuned": Here(
@@ -118,12 +122,13 @@ COMMANDS: dict[str, Here | Elsewhere] = {
     'echo "Once upon" | python generate.py --model checkpoint.pt --temperature 0.8 --top_k 50 --top_p 0.9': Here(
         add="--max_length 20"
     ),
-    "python generate.py --model output_dir --score book.txt": Here(),
+    "tail -c 100000 book.txt > held_out.txt": Here(makes="held_out.txt"),
+    "python generate.py --model output_dir --score held_out.txt": Here(),
     "python export.py --model output_dir --output exported/": Here(
         absent="exported", makes="exported/model.safetensors"
     ),
     "python export.py --model exported/ --output imported.pt": Here(makes="imported.pt"),
-    "python export.py --average output_dir/elite_*.pt --output soup.pt --score book.txt": Here(makes="soup.pt"),
+    "python export.py --average output_dir/elite_*.pt --output soup.pt --score held_out.txt": Here(makes="soup.pt"),
     "tail -f logs/train_*.log": Here({"-f": "-n1"}),
     "python watch.py output_dir": Here(add="--once"),
     "Rscript plot_train.R output_dir 1.2": Elsewhere(
@@ -242,7 +247,8 @@ def workshop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workshop")
     dice = random.Random(0)
     texts = [" ".join(dice.choices(["one", "two", "three"], k=200)) for _ in range(9)]
-    for name in ("data.txt", "book.txt", "other.txt", "books/a.txt", "papers/deep/b.txt", "corpus/library.txt"):
+    for name in ("data.txt", "book.txt", "held_out.txt", "other.txt", "books/a.txt", "papers/deep/b.txt",
+                 "corpus/library.txt"):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("\x1e".join(texts))
     (folder / "books" / "c.gz").write_bytes(gzip.compress(b"c"))

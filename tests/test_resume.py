@@ -97,6 +97,24 @@ def test_resume_finds_what_it_reads_from_another_working_directory(run_train, tm
         assert newest(place)["step"] == 4
 
 
+def test_resume_takes_the_new_place_of_data_that_has_moved(run_train, tmp_path):
+    for name in ("old.txt", "val.txt"):
+        (tmp_path / name).write_text("relative\x1e" * 100)
+    run_dir = run_train("run", "--train_steps", "2", "--data", "old.txt", "--val_data", "val.txt", *QUIET)
+    (tmp_path / "old.txt").rename(tmp_path / "new.txt")
+    with pytest.raises(UserError, match=r"expected data at '.*old\.txt', got no file there"):
+        train.main(["--resume", "run", "--train_steps", "4"])
+    with pytest.raises(UserError, match=r"expected --val_data .*val\.txt of the resumed run, got .*new\.txt: leave"):
+        train.main(["--resume", "run", "--train_steps", "4", "--data", "new.txt", "--val_data", "new.txt"])
+    train.main(["--resume", "run", "--train_steps", "4", "--data", "new.txt"])
+    train.main(["--resume", "run", "--train_steps", "5"])
+    assert newest(run_dir)["step"] == 5
+    (tmp_path / "new.txt").rename(tmp_path / "newer.txt")
+    (tmp_path / "other.txt").write_text("longer" * 300)
+    with pytest.raises(UserError, match="training bytes of the checkpoint"):
+        train.main(["--resume", "run", "--train_steps", "6", "--data", "other.txt"])
+
+
 def test_resume_takes_new_rates_batch_and_chunk_sizes(run_train):
     run_dir = run_train("run", "--train_steps", "10", "--lane_groups", "1", *QUIET)
     before = newest(run_dir)["training"]
@@ -130,6 +148,7 @@ def test_resume_keeps_the_probe_so_that_losses_in_names_compare(run_train, flags
     ("flags", "message"),
     [
         (["--dim", "32"], "--dim"),
+        (["--params", "15m"], "expected no --params of the resumed run, got 15728640: leave"),
         (["--gossip_fitness", "ema"], "--gossip_fitness"),
         (["--seed", "7"], "--seed"),
         (["--no_schedulefree"], "--schedulefree"),

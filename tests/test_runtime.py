@@ -224,6 +224,7 @@ SLURM = {
     [
         ({}, Identity(0, 0, 1, 1, "alone")),
         ({"SLURM_RESTART_COUNT": "2"}, Identity(0, 0, 1, 1, "alone", restarts=2)),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Identity(0, 0, 1, 1, "alone")),
         ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "0"}, Identity(5, 1, 8, 4, "environment")),
         (
             {**SLURM, **TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "3", "SLURM_RESTART_COUNT": "1"},
@@ -243,6 +244,7 @@ SLURM = {
     ids=[
         "alone",
         "requeued",
+        "in-a-batch-script",
         "first-start",
         "restarted-and-requeued",
         "environment",

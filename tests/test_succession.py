@@ -40,11 +40,14 @@ def test_new_ranks_start_from_copies_of_the_best(tmp_path):
     assert found == [(0, 10, True), (1, 10, True), (2, 10, True), (1, 10, False), (1, 10, False)]
 
 
-def test_where_ranks_are_fewer_the_best_go_on(tmp_path):
+def test_where_ranks_are_fewer_the_best_go_on_and_it_is_said(tmp_path, capsys):
     begin(tmp_path, 4)
     for rank, loss in enumerate((3.0, 1.0, 2.0, 0.5)):
         save(tmp_path, rank, 10, loss)
     assert [first(tmp_path, rank, 2) for rank in range(2)] == [(3, 10, True), (1, 10, True)]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("warning: the run had 4 ranks and goes on with 2: the best of them")
+    assert first(tmp_path, 0, 2) == (3, 10, True) and capsys.readouterr().err == ""
 
 
 def test_a_rank_that_was_dropped_comes_back_as_a_new_one(tmp_path):

@@ -207,6 +207,8 @@ def test_no_filesystem_coordinator_keeps_no_registry(run_train):
 
 MISTAKES = {
     "no data": (["--data"], "--data"),
+    "data of a variable that is not set": (["--data", ""], "--data: expected a path, got an empty one"),
+    "held-out data among the others": (["--val_data", "TEXT"], r"apart from --data, got \S+/text\.txt in both"),
     "absent data": (["--data", "absent.txt"], "absent.txt"),
     "empty data": (["--data", "empty.txt"], "empty"),
     "short data": (["--data", "short.txt", "--val_fraction", "0"], "at least 33 bytes"),
@@ -232,6 +234,7 @@ def test_a_mistake_is_one_line_and_leaves_no_run_behind(run_train, tmp_path, tex
     (tmp_path / "short.txt").write_text("x" * 31)
     base = TINY[6:] if "--params" in flags else TINY  # without --dim and --depth
     data = [] if "--data" in flags else ["--data", str(text)]
+    flags = [str(text) if flag == "TEXT" else flag for flag in flags]
     with pytest.raises(UserError, match=message) as caught:
         train.main([*base, *data, "--output", "run", *flags])
     assert "\n" not in str(caught.value)
@@ -253,6 +256,13 @@ def test_an_output_that_already_holds_a_run_is_refused(run_train):
     with pytest.raises(UserError, match="--resume"):
         run_train("run", "--train_steps", "1", *QUIET)
     assert sorted(run_dir.rglob("*")) == before
+
+
+def test_an_output_with_another_programs_config_is_refused(run_train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"with a config\.json of something else"):
+        run_train("run", "--train_steps", "1", *QUIET)
 
 
 def test_a_run_that_would_write_a_living_ones_log_is_refused(run_train, tmp_path):

@@ -109,6 +109,7 @@ class Trainer:
         self._dtype = choose_dtype(parts.options.compute.dtype, parts.device)
         self._peak_flops = peak_flops(parts.device, self._dtype)
         self._contention = Contention(parts.device)
+        self._timed = time.monotonic(), time.thread_time()  # up to when the totals count time
 
     def initial_state(self) -> MinLMState:
         """Of all lanes: each at the start of a document."""
@@ -119,7 +120,7 @@ class Trainer:
         lanes' state is then not to be trusted either)."""
         chunks = self.options.optimizer.grad_accum
         self.model.train()
-        total = 0.0
+        total, nbytes, documents = 0.0, 0, 0
         for _ in range(chunks):
             turn = self.parts.lanes.turn
             chunk = self.parts.lanes.next_chunk()
@@ -127,8 +128,8 @@ class Trainer:
             (loss / chunks).backward()
             self.state.put(turn, state.detach())
             total = total + loss.detach()
-            self.totals.bytes_seen += chunk.reset_BT.size
-            self.totals.documents += int(chunk.reset_BT.sum())
+            nbytes += chunk.reset_BT.size
+            documents += int(chunk.reset_BT.sum())
         trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
         self.parts.lanes.prefetch()  # while a GPU still computes
@@ -145,9 +146,18 @@ class Trainer:
             self.loss, self.grad_norm = loss, grad_norm
             self.totals.step += 1
             self.totals.lineage += 1
+            self.totals.bytes_seen += nbytes
+            self.totals.documents += documents
             self.parts.fitness.tracker.observe(loss)
         self.model.zero_grad(set_to_none=True)
         return finite
+
+    def _count_time(self) -> None:
+        """Add what has passed since the last call."""
+        (before, cpu_before), (now, cpu_now) = self._timed, (time.monotonic(), time.thread_time())
+        self.totals.seconds += now - before
+        self.totals.cpu_seconds += cpu_now - cpu_before
+        self._timed = now, cpu_now
 
     def before_write(self) -> None:
         """Before the weights are written: on a GPU, let the write wait for copies of them that are still being made."""
@@ -190,9 +200,9 @@ class Trainer:
             self.line(f"nothing to do: --train_steps {last_step} is reached")
         self._meet_population()  # so that the others know where it stands before its first step is done
         self._contention.begin()
-        before, cpu_before = time.monotonic(), time.thread_time()
-        logged_time, logged_bytes = before, totals.bytes_seen
-        while totals.step < last_step and before < deadline and not signals.stop:
+        logged_time, logged_bytes = time.monotonic(), totals.bytes_seen
+        self._timed = time.monotonic(), time.thread_time()
+        while totals.step < last_step and self._timed[0] < deadline and not signals.stop:
             if self.train_step():
                 self._recovery.good_step()
                 self._meet_population()
@@ -203,15 +213,13 @@ class Trainer:
                     now = time.monotonic()
                     self.bytes_per_s = (totals.bytes_seen - logged_bytes) / (now - logged_time)
                     logged_time, logged_bytes = now, totals.bytes_seen
+                    self._count_time()
                     self._report()
                 self.saving.consider()
             else:
                 self._recovery.bad_step()
+            self._count_time()
             self.saving.begin_if_wanted()
-            now, cpu_now = time.monotonic(), time.thread_time()
-            totals.seconds += now - before
-            totals.cpu_seconds += cpu_now - cpu_before
-            before, cpu_before = now, cpu_now
             if progress:
                 progress.update(totals.step, self.parts.fitness.tracker.ema, self.bytes_per_s, self.mixes())
         fitness = self.parts.fitness

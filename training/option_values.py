@@ -1,6 +1,7 @@
 """What an option's value may be: parsers of the texts that follow flags."""
 
 import math
+import os
 from collections.abc import Callable
 
 from runtime.arguments import parse_size, whole
@@ -68,6 +69,18 @@ POSITIVE = real(0, above=True)
 NOT_NEGATIVE = real(0)
 SECONDS = real(0, 1e6, above=True)
 LANES = whole(1, 2**20)
+
+
+def parse_path(text: str) -> str:
+    """A path. Raises UserError for an empty one, as of a variable that is not set: it would mean the current folder."""
+    if not text:
+        raise UserError("expected a path, got an empty one: name it")
+    return text
+
+
+def parse_absolute(text: str) -> str:
+    """A path, absolute. Raises UserError."""
+    return os.path.abspath(parse_path(text))
 
 
 def parse_tolerance(text: str) -> float | None:

@@ -1,12 +1,14 @@
 """Every option of a run: dataclasses that become grouped flags, and config.json.
 
 An option lives beside what it configures; its field's metadata holds the help text, the parser of its value and
-whether it is fixed for the life of a run (refused beside --resume when it differs) or of one launch alone (not taken
-over by --resume). One that is derived from others when a run begins, and then stays, has no flag.
+whether it is fixed for the life of a run (refused beside --resume when it differs, but for files that are gone from
+their old places) or of one launch alone (not taken over by --resume). One that is derived from others when a run
+begins, and then stays, has no flag.
 """
 
 import argparse
 import dataclasses
+import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +26,11 @@ from training.option_values import (
     NOT_NEGATIVE,
     POSITIVE,
     SECONDS,
+    parse_absolute,
     parse_chunk,
     parse_delimiter,
     parse_params,
+    parse_path,
     parse_steps,
     parse_tolerance,
     parse_val_bytes,
@@ -51,10 +55,10 @@ class DataOptions:
     """data"""
 
     # Kept as absolute paths, so that a run can be resumed from any working directory.
-    data: list[str] = _option([], "files, folders or globs of training bytes; memory-mapped", os.path.abspath,
-                              many=True, fixed=True)  # fmt: skip
+    data: list[str] = _option([], "files, folders or globs of training bytes; memory-mapped", parse_absolute,
+                              many=True, files=True, fixed=True)  # fmt: skip
     val_data: list[str] = _option([], "files, folders or globs to validate on (default: the tail of --data)",
-                                  os.path.abspath, many=True, fixed=True)  # fmt: skip
+                                  parse_absolute, many=True, files=True, fixed=True)  # fmt: skip
     val_fraction: float = _option(
         0.05, "share of --data, at its end, held out for validation and the probe when there is no --val_data; less, "
         "down to half of it, where a document's end is near",
@@ -130,10 +134,12 @@ class RunOptions:
     )
     max_minutes: float | None = _option(None, "minutes that this launch trains (default: until stopped)", POSITIVE,
                                         of_launch=True)  # fmt: skip
-    output: str | None = _option(None, "run directory to create (default, one rank only: runs/<date>_<time>)")
+    output: str | None = _option(
+        None, "run directory to create (default, one rank only: runs/<date>_<time>)", parse_path
+    )
     resume: str | None = _option(None, "run directory to go on with, in place; --no_compile takes back its --compile, "
-                                 "and so on")  # fmt: skip
-    init_from: str | None = _option(None, "checkpoint whose averaged weights a new run starts from", os.path.abspath)
+                                 "and so on", parse_path)  # fmt: skip
+    init_from: str | None = _option(None, "checkpoint whose averaged weights a new run starts from", parse_absolute)
     save_every: int = _option(500, "mean steps between a rank's checkpoints, over the population", parse_size)
     keep_checkpoints: int = _option(2, "newest checkpoints kept of each rank", whole(1))
     keep_elite: int = _option(5, "best checkpoints kept of the population", whole(0))
@@ -269,11 +275,12 @@ def _add_flag(group: argparse._ArgumentGroup, option: dataclasses.Field) -> None
     suffix = "" if default in (None, dataclasses.MISSING) else f" (default: {shown})"
     if meta.get("many"):
         group.add_argument(
-            f"--{name}", nargs="+", action="extend", type=meta["parse"], metavar="X", help=meta["help"]
+            f"--{name}", nargs="+", action="extend", type=as_argument(meta["parse"]), metavar="X", help=meta["help"]
         )  # fmt: skip
     else:
         sizes = (parse_size, parse_params, parse_chunk, parse_val_bytes, parse_steps)
-        metavar = "SIZE" if meta["parse"] in sizes else "X" if meta["parse"] in (str, os.path.abspath) else "N"
+        texts = (str, parse_path, parse_absolute)
+        metavar = "SIZE" if meta["parse"] in sizes else "X" if meta["parse"] in texts else "N"
         group.add_argument(
             f"--{name}", choices=meta.get("choices"), metavar=None if meta.get("choices") else metavar,
             type=as_argument(meta["parse"]), help=meta["help"] + suffix,
@@ -292,10 +299,21 @@ def resolve_options(given: Mapping[str, Any], stored: Mapping[str, Mapping[str, 
             old = {} if option.metadata.get("of_launch") else (stored or {}).get(group_field.name, {})
             value = old.get(option.name, getattr(group, option.name))
             new = given.get(option.name, value)
-            if option.name in old and option.metadata["fixed"] and new != value:
+            moved = option.metadata.get("files") and value and not any(map(_is_there, value))
+            if option.name in old and option.metadata["fixed"] and new != value and not moved:
+                expected = f"no --{option.name}" if value in (None, []) else f"--{option.name} {_shown(value)}"
                 raise UserError(
-                    f"expected --{option.name} {value} of the resumed run, got {new}: leave the flag out, or start "
-                    "a new run with --init_from"
+                    f"expected {expected} of the resumed run, got {_shown(new)}: leave the flag out, or start a new "
+                    "run with --init_from"
                 )
             setattr(group, option.name, new)
     return options
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def _is_there(place: str) -> bool:
+    """A file or folder, or a glob of some."""
+    return os.path.exists(place) or any(glob.iglob(place, recursive=True))

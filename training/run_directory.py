@@ -79,6 +79,11 @@ class RunDirectory:
             launch = newest_launch(self.population)
             if files and (launch is None or identity.restarts):  # of a run whose config.json is gone
                 raise taken
+            if launch is None and self.config.exists() and not identity.restarts:
+                raise UserError(
+                    f"expected a new or empty run directory, got {self.path} with a config.json of something else: "
+                    "choose another --output"
+                )
             first = Launch(identity.world_size, sources={}, known=())
             if (launch or claim_launch(self.population, first)) != first:
                 raise taken

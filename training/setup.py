@@ -52,7 +52,10 @@ def choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, R
             f"expected a run directory whose path is UTF-8, since torch opens checkpoints by no other, got {run.path}: "
             "choose another"
         ) from None
-    for name, beside in _idle(options.population):
+    population = options.population
+    if identity.world_size > 1 and not population.filesystem_coordinator and not population.gossip_peers:
+        raise UserError("expected --gossip_peers beside --no_filesystem_coordinator, got none: nobody could be found")
+    for name, beside in _idle(population):
         if name in given:
             raise UserError(f"expected no --{name} {beside}, got {given[name]}: leave it out")
     return options, run, goes_on
@@ -103,9 +106,6 @@ def _choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, 
         if run.config.exists():
             return _resumed_options(given, run), run, True
     options = resolve_options(given)
-    population = options.population
-    if identity.world_size > 1 and not population.filesystem_coordinator and not population.gossip_peers:
-        raise UserError("expected --gossip_peers beside --no_filesystem_coordinator, got none: nobody could be found")
     if options.run.output is None:
         if identity.world_size > 1:
             raise UserError("expected --output for a population of several ranks, got none: name one folder for all")
@@ -167,9 +167,13 @@ def open_data(options: Options) -> tuple[Region, Region | None]:
     # Each mapped file keeps a descriptor.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    corpus = Corpus(find_files(data.data), data.document_delimiter)
+    files = find_files(data.data)
+    corpus = Corpus(files, data.document_delimiter)
     if data.val_data:
-        held_out_corpus = Corpus(find_files(data.val_data), data.document_delimiter)
+        held_out_files = find_files(data.val_data)
+        if both := sorted(set(files) & set(held_out_files)):
+            raise UserError(f"expected --val_data apart from --data, got {both[0]} in both: leave it out of one")
+        held_out_corpus = Corpus(held_out_files, data.document_delimiter)
         training_region, held_out = Region(corpus, 0, len(corpus)), Region(held_out_corpus, 0, len(held_out_corpus))
     else:
         training_region, held_out = corpus.split(data.val_fraction)
@@ -299,7 +303,7 @@ def resolve_probe(options: Options) -> float:
 
 def _listed(texts: list[str]) -> tuple[str, ...]:
     """The words of space- or comma-separated lists."""
-    return tuple(word for text in texts for word in text.split(",") if word)
+    return tuple(word for text in texts for word in text.replace(",", " ").split())
 
 
 def open_listener(options: Options, identity: Identity) -> socket.socket:

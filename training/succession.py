@@ -136,6 +136,11 @@ def resume_sources(run_dir: Path, rank: int, world_size: int) -> list[Source]:
     population = run_dir / "population"
     launch = newest_launch(population)
     if launch is None or launch.world_size != world_size:
+        if launch is not None and launch.world_size > world_size:
+            say(
+                f"warning: the run had {launch.world_size} ranks and goes on with {world_size}: the best of them; the "
+                "others would come back as copies"
+            )
         launch = claim_launch(population, plan_launch(files, world_size, launch))
     own = [file for file in reversed(files) if file.rank == rank]
     first = own

@@ -102,6 +102,7 @@ class Replica:
             self.fitness.tracker.observe(loss)
         else:
             self.not_finite += 1
+            self._states = [self.model.initial_state(len(reader.positions)) for reader in self._readers]
         self.model.zero_grad(set_to_none=True)
 
     def replaced(self, judged: bool = False) -> None:

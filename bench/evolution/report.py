@@ -35,18 +35,21 @@ class Row:
 
 
 def rows_of(results: Sequence[dict], against: str) -> list[Row]:
-    """One row an arm and number of ranks, the lowest loss first; results: of one setting. against: an arm's label,
-    of as many ranks.
+    """One row an arm, all of its options alike, and number of ranks, the lowest loss first; results: of one setting.
+    against: the label of an arm of as many ranks; where there are several of it, nobody is compared with them.
     """
-    by_arm: dict[tuple[str, int], dict[int, dict]] = defaultdict(dict)
+    by_arm: dict[tuple[str, int, frozenset], dict[int, dict]] = defaultdict(dict)
     for result in results:
-        by_arm[result["arm"], result["ranks"]][result["seed"]] = result
+        by_arm[result["arm"], result["ranks"], frozenset(result["options"].items())][result["seed"]] = result
     rows = []
-    for (arm, ranks), seeds in by_arm.items():
+    for (arm, ranks, options), seeds in by_arm.items():
         loss = {seed: result["loss"] for seed, result in seeds.items()}
-        reference = by_arm.get((against, ranks)) or next((of for (n, _), of in by_arm.items() if n == against), {})
+        references = [of for (name, n, _), of in by_arm.items() if (name, n) == (against, ranks)]
+        reference = references[0] if len(references) == 1 else {}
+        others = [other for name, n, other in by_arm if (name, n) == (arm, ranks) and other != options]
+        told = sorted(f"{name}={value}" for name, value in options - frozenset.intersection(options, *others))
         rows.append(Row(
-            arm, ranks,
+            f"{arm} ({', '.join(told)})" if told else arm, ranks,
             interval(list(loss.values())),
             interval([result["best"] for result in seeds.values()]),
             interval([result["loss_of_mean"] for result in seeds.values()]),

@@ -145,7 +145,7 @@ class NoLoCo(Outer):
     def _step(self, pair: list[int]) -> None:
         moved = self.displacement(pair, self._slow.__getitem__)
         slow = [self._slow[rank] for rank in pair]
-        middles = [mean_of([as_sent(phi, self.wire, near=own) for phi in slow]) for own in slow]
+        middles = [mean_of([phi if phi is own else as_sent(phi, self.wire, near=own) for phi in slow]) for own in slow]
         for rank, middle in zip(pair, middles, strict=True):
             for name, phi in self._slow[rank].items():
                 velocity = self._velocity[rank][name]

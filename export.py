@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> None:
     if (options.model is None) == (options.average is None):
         raise UserError("expected --model or --average, got both or neither: give one of them")
     refuse_existing(options.output)
-    device = choose_device(options.cuda, options.rocm, options.cpu)
-    if options.score is not None:
+    if options.score is not None:  # what it converts never leaves the CPU
+        device = choose_device(options.cuda, options.rocm, options.cpu)
         check_triton(device)
 
     def show(model: Model, path: Path) -> None:

@@ -104,8 +104,11 @@ def enter(start: Start, log: RunLog) -> BinaryIO:
         run.claim(identity)
         held = run.lock()
         if not identity.restarts:  # another run of this name may have left its own
-            log.begin_anew()
-            set_aside(run.event_log)
+            try:
+                log.begin_anew()
+                set_aside(run.event_log)
+            except OSError as error:
+                raise UserError(f"expected to begin new logs, got {error.strerror}: mend {run.log.parent}") from None
     try:
         remove_leftovers(run.path, identity.rank)
     except OSError as error:

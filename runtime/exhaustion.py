@@ -4,8 +4,10 @@ import contextlib
 from collections.abc import Iterator
 
 # In a RuntimeError's text: torch on a CPU, torch on a GPU (whose OutOfMemoryError is one), a driver without room even
-# for its own part, and Python without room for a thread's stack.
-_SAYINGS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "can't start new thread")
+# for its own part, cuBLAS or hipBLAS without room for its workspace, and Python without room for a thread's stack.
+_SAYINGS = (
+    "DefaultCPUAllocator: can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "can't start new thread",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -113,6 +113,16 @@ def test_resume_takes_the_new_place_of_data_that_has_moved(run_train, tmp_path):
     (tmp_path / "other.txt").write_text("longer" * 300)
     with pytest.raises(UserError, match="training bytes of the checkpoint"):
         train.main(["--resume", "run", "--train_steps", "6", "--data", "other.txt"])
+    train.main(["--resume", "run", "--train_steps", "6", "--data", "newer.txt"])  # a slip costs nothing
+    assert newest(run_dir)["step"] == 6
+
+
+def test_resume_of_a_run_whose_held_out_bytes_are_trained_on_warns(run_train, text, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("training.setup.set", lambda files: frozenset(), raising=False)  # as before this was looked at
+        run_train("run", "--train_steps", "2", "--val_data", str(text), *QUIET)
+    assert train.main(["--resume", "run", "--train_steps", "3"]) == 0
+    assert f"warning: {text.resolve()} is in --data and in --val_data" in capsys.readouterr().err
 
 
 def test_resume_takes_new_rates_batch_and_chunk_sizes(run_train):

@@ -69,6 +69,18 @@ def test_who_was_to_go_on_elsewhere_and_never_did_is_not_dropped(tmp_path):
     assert first(tmp_path, 0, 3) == (1, 10, False)
 
 
+def test_a_launch_that_never_trained_drops_nobody(tmp_path):
+    begin(tmp_path, 4)
+    for rank, loss in enumerate((3.0, 1.0, 2.0, 0.5)):
+        save(tmp_path, rank, 10, loss)
+    assert first(tmp_path, 0, 1) == (3, 10, True)  # and ended by a mistake before its first step
+    assert [first(tmp_path, rank, 4) for rank in range(4)] == [(rank, 10, True) for rank in range(4)]
+    assert first(tmp_path, 0, 2) == (3, 10, True)
+    save(tmp_path, 0, 90, 0.25)
+    assert first(tmp_path, 0, 3) == (0, 90, True)  # ends likewise: who was dropped by the launch of two stays so
+    assert [first(tmp_path, rank, 4) for rank in range(4)] == [(0, 90, True), (1, 10, True)] + 2 * [(0, 90, False)]
+
+
 def test_what_was_decided_holds_though_a_rank_saved_before_another_looked(tmp_path):
     begin(tmp_path, 4)
     for rank, loss in enumerate((3.0, 1.0, 2.0, 0.5)):

@@ -193,6 +193,15 @@ def test_output_defaults_to_a_dated_folder_for_one_rank_alone(run_train, tmp_pat
         run_train(None, "--train_steps", "1")
 
 
+@pytest.mark.parametrize("told", [{"GRUBOROS_LAUNCHER": "1"}, {"SLURM_RESTART_COUNT": "1"}], ids=" ".join)
+def test_a_rank_that_may_be_started_again_has_an_output(run_train, tmp_path, monkeypatch, told):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="expected --output for a rank that may be started again, got none"):
+        run_train(None, "--train_steps", "1")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_gossip_host_and_port_are_where_it_listens(run_train):
     run_dir = run_train("run", "--train_steps", "1", "--gossip_host", "127.0.0.2", "--gossip_port", "21123", *QUIET)
     record = json.loads((run_dir / "population" / "rank_0000.json").read_text())

@@ -283,16 +283,20 @@ class LaneReader:
         """Where every lane will read next, and whose turn it is."""
         return {"positions": self.positions.tolist(), "turn": self._turn, "region_bytes": len(self.region)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the stored lanes' places; with more lanes than stored, the further ones keep their own.
-
-        Raises UserError when the data is not what the places were counted in.
-        """
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise UserError where the data is not what the places in `state` were counted in."""
         if state["region_bytes"] != len(self.region):
             raise UserError(
                 f"expected the {state['region_bytes']} training bytes of the checkpoint, got {len(self.region)}: "
                 "resume with the same --data"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the stored lanes' places; with more lanes than stored, the further ones keep their own.
+
+        Raises UserError as check() does.
+        """
+        self.check(state)
         kept = min(len(state["positions"]), len(self.positions))
         self.positions[:kept] = state["positions"][:kept]
         self._turn = state["turn"] % self._groups

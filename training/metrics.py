@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, set_aside
+from runtime.files import atomic_writer, set_aside
 from runtime.scribe import Hand, at_once
 from runtime.stderr import say
 
@@ -51,13 +51,14 @@ class MetricsFile:
         if not self.path.exists():
             self.create()
             return
-        with open(self.path, newline="", errors="replace") as file:
-            lines = file.read().split("\n")[:-1]  # what follows the last line's end was cut
-        header, *table = (line.split("\t") for line in lines or [""])
-        rows = [dict(zip(header, cells, strict=True)) for cells in table if len(cells) == len(header)]
-        kept = [row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) <= step]
-        table = [COLUMNS, *([row.get(name, MISSING) for name in COLUMNS] for row in kept)]
-        atomic_write(self.path, "".join(_line(cells) for cells in table))
+        with open(self.path, newline="\n", errors="replace") as file, atomic_writer(self.path) as kept:
+            kept.write(_line(COLUMNS).encode())
+            lines = (line[:-1].split("\t") for line in file if line.endswith("\n"))  # the last one may be cut
+            header = next(lines, [])
+            for cells in lines:
+                row = dict(zip(header, cells, strict=False)) if len(cells) == len(header) else {}
+                if row.get("step", "").isdecimal() and int(row["step"]) <= step:
+                    kept.write(_line(row.get(name, MISSING) for name in COLUMNS).encode())
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row; columns that `row` lacks, or None or not a number in it, are NA. Raises OSError.

@@ -76,10 +76,11 @@ class RunDirectory:
         try:
             self.population.mkdir(parents=True, exist_ok=True)
             files = list_checkpoints(self.path)  # before the launch, which a rank of this run writes before it saves
+            described = self.config.exists()  # likewise
             launch = newest_launch(self.population)
             if files and (launch is None or identity.restarts):  # of a run whose config.json is gone
                 raise taken
-            if launch is None and self.config.exists() and not identity.restarts:
+            if launch is None and described and not identity.restarts:
                 raise UserError(
                     f"expected a new or empty run directory, got {self.path} with a config.json of something else: "
                     "choose another --output"

@@ -25,6 +25,7 @@ from mingru.sizing import parameter_count, resolve_config
 from runtime.devices import check_triton
 from runtime.errors import UserError
 from runtime.ranks import Identity
+from runtime.stderr import say
 from training.checkpoint import read_for_use
 from training.data import Corpus, Region, check_length, find_files
 from training.heredity import Heredity
@@ -109,6 +110,8 @@ def _choose_run(given: Mapping[str, Any], identity: Identity) -> tuple[Options, 
     if options.run.output is None:
         if identity.world_size > 1:
             raise UserError("expected --output for a population of several ranks, got none: name one folder for all")
+        if identity.launcher is not None or identity.restarts:
+            raise UserError("expected --output for a rank that may be started again, got none: name its folder")
         options.run.output = f"runs/{datetime.now():%Y%m%d_%H%M%S}"
     return options, RunDirectory(Path(options.run.output), identity.rank), False
 
@@ -159,8 +162,8 @@ def choose_model(options: Options, given: Mapping[str, Any], resumed: Resumed | 
     return dataclasses.replace(config, dropout=wanted.dropout)
 
 
-def open_data(options: Options) -> tuple[Region, Region | None]:
-    """The part to train on and the part held out."""
+def open_data(options: Options, goes_on: bool) -> tuple[Region, Region | None]:
+    """The part to train on and the part held out, of a new run or of one that goes on. Raises UserError."""
     data = options.data
     if not data.data:
         raise UserError("expected --data with files, folders or globs, got none: name the bytes to train on")
@@ -172,7 +175,9 @@ def open_data(options: Options) -> tuple[Region, Region | None]:
     if data.val_data:
         held_out_files = find_files(data.val_data)
         if both := sorted(set(files) & set(held_out_files)):
-            raise UserError(f"expected --val_data apart from --data, got {both[0]} in both: leave it out of one")
+            if not goes_on:
+                raise UserError(f"expected --val_data apart from --data, got {both[0]} in both: leave it out of one")
+            say(f"warning: {both[0]} is in --data and in --val_data: held-out losses are of bytes trained on")
         held_out_corpus = Corpus(held_out_files, data.document_delimiter)
         training_region, held_out = Region(corpus, 0, len(corpus)), Region(held_out_corpus, 0, len(held_out_corpus))
     else:
@@ -192,7 +197,7 @@ def initial_weights(options: Options, config: ModelConfig, resumed: Resumed | No
     if options.run.init_from:
         return read_for_use(Path(options.run.init_from))[1]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.optimizer.seed)
+        torch.default_generator.manual_seed(options.optimizer.seed)  # of no GPU's, which nothing would set back
         return MinLM(config).state_dict()
 
 

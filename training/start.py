@@ -89,7 +89,10 @@ def prepare(given: Mapping[str, Any], identity: Identity) -> Start:
     dtype = choose_dtype(options.compute.dtype, device)
     check_compiler(options.compute, device)
     held = run.lock() if goes_on else None
-    resumed = read_resumed(run.path, identity) if goes_on else None
+    try:
+        resumed = read_resumed(run.path, identity) if goes_on else None
+    except OSError as error:
+        raise UserError(f"expected a usable {run.path}, got {error.strerror}: mend its filesystem") from None
     config = setup.choose_model(options, given, resumed)
     setup.resolve_model(options, config)
     probe_share = setup.resolve_probe(options)
@@ -98,13 +101,15 @@ def prepare(given: Mapping[str, Any], identity: Identity) -> Start:
     ranks_here = max(1, identity.local_world_size)
     check_memory(memory, device, ranks_here, ranks_sharing(device, ranks_here, os.environ))
     heredity = setup.heredity(options, identity)
-    training_region, held_out = setup.open_data(options)
+    training_region, held_out = setup.open_data(options, goes_on)
     probe_region, held_out = split_probe(training_region, held_out)
     lanes = LaneReader(
         training_region, options.data.batch_size, options.data.chunk_size,
         rank=identity.rank, world_size=identity.world_size, seed=options.optimizer.seed,
         groups=options.data.lane_groups,
     )  # fmt: skip
+    if resumed:
+        lanes.check(resumed.content["training"]["lanes"])  # before config.json says that this is the data
     model, weights = _build(options, config, resumed, device)
     torch.manual_seed((options.optimizer.seed * 1_000_003 + identity.rank + 1) % 2**63)  # dropout differs by rank
     return Start(

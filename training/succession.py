@@ -141,7 +141,7 @@ def resume_sources(run_dir: Path, rank: int, world_size: int) -> list[Source]:
                 f"warning: the run had {launch.world_size} ranks and goes on with {world_size}: the best of them; the "
                 "others would come back as copies"
             )
-        launch = claim_launch(population, plan_launch(files, world_size, launch))
+        launch = claim_launch(population, plan_launch(files, world_size, _last_that_trained(population, files)))
     own = [file for file in reversed(files) if file.rank == rank]
     first = own
     went_on = any(file.path.name not in launch.known for file in own)
@@ -172,6 +172,15 @@ def _awaited(file: CheckpointFile, launch: Launch, files: list[CheckpointFile]) 
     """Whether a rank of `launch` was to go on from `file` and has not saved since."""
     heirs = {rank for rank, name in launch.sources.items() if name == file.path.name}
     return bool(heirs - {other.rank for other in files if other.path.name not in launch.known})
+
+
+def _last_that_trained(population: Path, files: list[CheckpointFile]) -> Launch | None:
+    """The last launch since which a checkpoint was saved: one that ended before has dropped nobody."""
+    for number in sorted(_launches(population), reverse=True):
+        launch = _read(population / f"launch_{number:04d}.json")
+        if any(file.path.name not in launch.known for file in files):
+            return launch
+    return None
 
 
 def _launches(population: Path) -> list[int]:

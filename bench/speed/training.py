@@ -132,7 +132,9 @@ def _most_lanes(make: Callable[[int], Callable[[], None]], setting: Setting) -> 
     lanes = 1
     while not setting.quick or lanes < 2:
         try:
-            make(2 * lanes)()
+            step = make(2 * lanes)
+            for _ in range(2):  # an optimizer may allocate its state within the first
+                step()
         except torch.OutOfMemoryError:
             break
         finally:

@@ -223,6 +223,8 @@ def train(start: Start, trainer: Trainer) -> int:
     progress = None
     if start.is_first and sys.stderr.isatty():
         progress = Progress(trainer.totals.step, options.run.train_steps, deadline)
+    # Who calls at once is told how much training is behind these weights, not that there is none.
+    node.publish(trainer.totals.step, trainer.totals.lineage, None, trainer.status())
     try:
         node.start()
         if identity.restarts:

@@ -210,7 +210,8 @@ class EvolutionaryNode:
     @property
     def roster(self) -> Roster | None:
         """The population as of the newest heartbeat; None before the first, or without the coordinator."""
-        return self._heartbeat.roster if self._heartbeat is not None else None
+        heartbeat = self._heartbeat  # close() may take it away meanwhile
+        return heartbeat.roster if heartbeat is not None else None
 
     def _raise_error(self) -> None:
         for part in (self._switchboard, self._heartbeat):
@@ -239,7 +240,8 @@ class EvolutionaryNode:
 
     def _registered_at(self, address: str) -> str | None:
         """The process that listens at `address`, as far as the registry knows."""
-        members = self.roster.members if self.roster is not None else ()
+        roster = self.roster
+        members = roster.members if roster is not None else ()
         return next((member.incarnation for member in members if member.live and member.address == address), None)
 
     def _distrusts(self, theirs: Hello) -> bool:

@@ -164,17 +164,23 @@ class FilesystemCoordinator:
             return read_entry(self.rank, rank_file(self.directory, self.rank))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):  # a stale handle, or torn: the next beat looks again
-            self.unreadable += 1
+        except (OSError, ValueError) as error:  # a stale handle, or torn: the next beat looks again
+            self._look_again(error)
             return None
+
+    def _look_again(self, error: Exception) -> None:
+        """Count what could not be read; before there is a tenure, which begins by what is read, raise an OSError."""
+        self.unreadable += 1
+        if self._tenure is None and isinstance(error, OSError):
+            raise error
 
     def _read_ranking(self, now: float) -> None:
         try:
             ranking = read_ranking(self.directory)
         except FileNotFoundError:  # nobody has led here yet
             return
-        except (OSError, ValueError):
-            self.unreadable += 1
+        except (OSError, ValueError) as error:
+            self._look_again(error)
             return
         if self._ranking is not None and _stamp(ranking) == _stamp(self._ranking):
             return

@@ -42,7 +42,8 @@ class Heartbeat:
     def close(self) -> None:
         """Take leave of the registry and join the thread, or leave it behind where the filesystem holds it too long."""
         self._stop.set()
-        self._thread.join(CLOSE_SECONDS)
+        if self._thread.ident is not None:  # it was started
+            self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             say(f"the registry has not answered for {CLOSE_SECONDS:g} s: leaving without a word there")
 

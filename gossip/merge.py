@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -126,8 +128,14 @@ def _judge_or_swap(
 ) -> tuple[Losses, bool]:
     """The losses of `live`, and whether it was kept: swapped with `other` if it is worse than `before`, or the judge
     raises."""
+
+    def undo(kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if trace is not None:
+            traceback.clear_frames(trace)  # the judge's tensors: memory may be out, and this needs some
+        swap(live, schema, other)
+
     with contextlib.ExitStack() as undoing:
-        undoing.callback(swap, live, schema, other)
+        undoing.push(undo)
         after = judge()
         kept = _is_harmless(before, after, tolerance)
         if kept:

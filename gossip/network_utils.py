@@ -16,6 +16,7 @@ from runtime.ranks import Identity
 
 BACKLOG = 128  # connections that the kernel holds until they are accepted
 LOOKUPS_LIMIT = 4  # host names looked up at once in this process, with a thread each
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # of this host's, which say nothing of a peer
 _lookups = threading.BoundedSemaphore(LOOKUPS_LIMIT)
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
@@ -87,8 +88,9 @@ def join_address(host: str, port: int) -> str:
 async def connect(address: str) -> socket.socket:
     """A connection to `address` ("host:port"); of a name's several addresses the first that answers.
 
-    Raises ProtocolError UNREACHABLE, also for an address that is not one host's (0.0.0.0, ::, multicast). The caller
-    bounds the time and cancels: a lookup that hangs is left behind on its own thread.
+    Raises ProtocolError UNREACHABLE, also for an address that is not one host's (0.0.0.0, ::, multicast), and
+    OUT_OF_MEMORY where it is this host that lacks descriptors, memory or threads. The caller bounds the time and
+    cancels: a lookup that hangs is left behind on its own thread.
     """
     try:
         host, port = parse_peer(address)
@@ -101,7 +103,8 @@ async def connect(address: str) -> socket.socket:
                 failure = error
         raise failure
     except (OSError, ValueError) as error:  # ValueError: no host and port, or a name that is none
-        raise ProtocolError(Fault.UNREACHABLE, getattr(error, "strerror", None) or str(error)) from error
+        fault = Fault.OUT_OF_MEMORY if getattr(error, "errno", None) in SHORTAGES else Fault.UNREACHABLE
+        raise ProtocolError(fault, getattr(error, "strerror", None) or str(error)) from error
 
 
 async def _connect(family: socket.AddressFamily, where: tuple) -> socket.socket:
@@ -121,14 +124,14 @@ async def _look_up(name: str, port: int) -> list[tuple[socket.AddressFamily, tup
     The event loop's own threads would be joined there, however long the resolver hangs. Raises OSError, UnicodeError.
     """
     if not _lookups.acquire(blocking=False):
-        raise OSError(f"{LOOKUPS_LIMIT} other names are still being looked up")
+        raise OSError(errno.ENOBUFS, f"{LOOKUPS_LIMIT} other names are still being looked up")
     found = concurrent.futures.Future()
     found.set_running_or_notify_cancel()  # from here on its result can be set, whoever waits for it
     try:
         threading.Thread(target=_resolve_into, args=(found, name, port), name="gossip-resolver", daemon=True).start()
     except RuntimeError as error:  # the system has no thread to spare
         _lookups.release()
-        raise OSError(str(error)) from error
+        raise OSError(errno.ENOBUFS, str(error)) from error
     return [(family, where) for family, _, _, _, where in await asyncio.wrap_future(found)]
 
 

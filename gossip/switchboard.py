@@ -91,12 +91,16 @@ class Switchboard:
     def close(self) -> None:
         """End every conversation, close every socket and join the thread, or leave it where something holds it."""
         self.post(lambda: self._stop.set())
-        self._thread.join(CLOSE_SECONDS)
+        if self._thread.ident is not None:  # it was started
+            self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             say(f"the network thread has not ended for {CLOSE_SECONDS:g} s: leaving it to the end of the process")
 
     def post(self, callback: Callable[..., None], *arguments: object) -> None:
-        """Run `callback` on the network thread soon; from any thread. Nothing happens once the thread has ended."""
+        """Run `callback` on the network thread soon; from any thread. Nothing happens once the thread has ended, or if it
+        could not begin."""
+        if self._loop is None:
+            return
         try:
             self._loop.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:  # the loop is closed: the thread has ended, by close() or by its error

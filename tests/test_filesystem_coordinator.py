@@ -334,6 +334,28 @@ def test_coordinator_counts_the_lives_of_its_rank(tmp_path):
     assert live(population.round(times=3)[0]) == [0, 1]
 
 
+@pytest.mark.parametrize("read", ["read_entry", "read_ranking"])
+def test_coordinator_begins_no_life_by_what_it_could_not_read(tmp_path, monkeypatch, read):
+    population = Population(tmp_path, range(2))
+    population.round(times=2)
+    if read == "read_ranking":
+        rank_file(tmp_path, 1).unlink()  # so that the ranking alone knows
+    population.start(1, "second")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"gossip.filesystem_coordinator.{read}", raising(OSError(errno.ESTALE, "Stale file handle")))
+        with pytest.raises(OSError, match="Stale"):
+            population.round([1])
+    population.round([1])
+    assert read_entry(1, rank_file(tmp_path, 1))["life"] == 2
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
 @pytest.mark.injects(Injection.VANISHED)
 def test_coordinator_takes_a_rank_in_again_after_all_files_were_lost(tmp_path):
     population = Population(tmp_path, range(2))

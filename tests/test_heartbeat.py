@@ -54,6 +54,12 @@ def test_heartbeat_reports_a_registry_that_is_gone_and_goes_on_when_it_is_back(t
         assert "No such file" in kept.reports[0]
 
 
+def test_heartbeat_that_was_never_started_can_be_closed(tmp_path):
+    coordinator = FilesystemCoordinator(tmp_path, 0, 1, "only", 5.0)
+    Heartbeat(coordinator, BEAT_SECONDS, record, None, print).close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_heartbeat_outlives_memory_that_is_out(tmp_path):
     failures = [MemoryError()]
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import train
 from bench.injection import Injection
+from gossip.evolutionary_node import EvolutionaryNode
 from gossip.filesystem_coordinator import RankReplaced
 from runtime.errors import UserError
 from runtime.supervise import REPLACED
@@ -360,6 +361,19 @@ def test_steps_and_merges_count_what_lies_behind_the_weights(run_train, trainers
     assert trainer.totals.lineage == 500
     trainer.train_step()
     assert trainer.totals.lineage == 501
+
+
+def test_who_calls_before_the_first_step_is_told_what_lies_behind_the_weights(run_train, monkeypatch):
+    told, start = [], EvolutionaryNode.start
+
+    def seen(node):
+        told.append((node._desk.published.step, node._desk.published.lineage))
+        start(node)
+
+    monkeypatch.setattr(EvolutionaryNode, "start", seen)
+    run_train("run", "--train_steps", "20", *QUIET)
+    assert train.main(["--resume", "run", "--train_steps", "21"]) == 0
+    assert told == [(0, 0), (20, 20)]
 
 
 def test_a_return_to_an_older_state_has_that_states_lineage(run_train, trainers):

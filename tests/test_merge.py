@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 
 import pytest
 import torch
@@ -255,6 +256,28 @@ def test_merge_judged_leaves_the_weights_when_the_judge_fails(losses):
     live = state(1)
     with pytest.raises(MemoryError):
         merge_judged(live, SCHEMA, buffered(state(3)), state(2), "recombination", 0.5, Judge(*losses), 0.1)
+    assert_same(live, state(1))
+
+
+def test_merge_judged_lets_go_of_what_a_failed_judge_held_before_it_undoes(monkeypatch):
+    held, left = [], []
+
+    def judge():
+        tensor = torch.ones(3)
+        held.append(weakref.ref(tensor))
+        if len(held) == 2:
+            raise MemoryError
+        return (1.0,)
+
+    def watched(*arguments):
+        left.append(held[-1]())
+        swap(*arguments)
+
+    monkeypatch.setattr("gossip.merge.swap", watched)
+    live = state(1)
+    with pytest.raises(MemoryError):
+        merge_judged(live, SCHEMA, buffered(state(3)), state(2), "recombination", 0.5, judge, 0.1)
+    assert left == [None]
     assert_same(live, state(1))
 
 

@@ -1,11 +1,14 @@
 """Addresses and sockets: what is chosen, what is refused, and that only that is listened on."""
 
 import asyncio
+import errno
 import socket
+import threading
 
 import pytest
 
 from bench.injection import Injection
+from gossip import network_utils
 from gossip.faults import Fault, ProtocolError
 from gossip.network_utils import choose_address, connect, join_address, listen, parse_peer
 from runtime.errors import UserError
@@ -142,6 +145,21 @@ def test_connect_takes_the_first_address_of_a_name_that_answers(monkeypatch):
         connection = asyncio.run(connect(f"host:{port}"))
         assert connection.getpeername() == ("127.0.0.1", port)
         connection.close()
+
+
+def test_connect_holds_its_own_shortage_against_nobody(monkeypatch):
+    def without_descriptors(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(ProtocolError, match="Too many open files") as caught:
+        patch.setattr("gossip.network_utils._family", without_descriptors)
+        asyncio.run(connect("127.0.0.1:1"))
+    assert caught.value.fault is Fault.OUT_OF_MEMORY
+    monkeypatch.setattr("gossip.network_utils._lookups", threading.BoundedSemaphore(1))
+    network_utils._lookups.acquire()
+    with pytest.raises(ProtocolError, match="other names are still being looked up") as caught:
+        asyncio.run(connect("localhost:1"))
+    assert caught.value.fault is Fault.OUT_OF_MEMORY
 
 
 @pytest.mark.injects(Injection.UNRESOLVABLE_ADDRESS)

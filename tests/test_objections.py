@@ -81,6 +81,13 @@ def test_excursion_may_grow_with_the_square_of_the_steps_behind_it(own):
     assert objection(own, 11, steps=1) is not None and objection(own, 9, steps=1) is None  # fewer bound it no tighter
 
 
+@pytest.mark.parametrize("lr_max", [1e-300, 1e-200, 1e-80, 1e15])
+def test_excursion_is_judged_whatever_a_peer_counts(own, lr_max):
+    theirs = {"k": 7.0, "weight_sum": 1e15, "lr_max": lr_max}
+    said = Objections(own, lambda: GENES, False, LIMIT).to(gone(30), theirs, GENES)
+    assert (said is None) is (lr_max == 1e-80)  # so many steps excuse any distance
+
+
 def test_excursion_of_nobody_surprises_a_rank_whose_average_has_one_step(own):
     for steps, objects in ((0, False), (1, False), (1.1, True)):
         own.load_scalars(scalars(steps))

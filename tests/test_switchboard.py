@@ -146,6 +146,19 @@ def test_accepting_goes_on_after_the_system_had_nothing_to_accept_with(tmp_path,
         assert told["message"] in ("out of memory", str(error))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_could_not_begin_tells_why_and_can_be_closed(tmp_path, monkeypatch):
+    def without_descriptors(serving):
+        serving.close()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("gossip.switchboard.asyncio.run", without_descriptors)
+    rank = Rank(tmp_path, 0)
+    with pytest.raises(OSError, match="Too many open files"):
+        rank.boundary()
+    rank.node.close()
+
+
 @pytest.mark.injects(Injection.NETWORK_OUT_OF_MEMORY)
 @pytest.mark.parametrize("name", ["Talk", "Wire", "steps"])
 def test_accepting_goes_on_after_memory_was_out_for_a_new_caller(tmp_path, monkeypatch, name):

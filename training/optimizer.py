@@ -17,6 +17,7 @@ from training.options import OptimizerOptions
 from training.schedule_free import FusedAdamWScheduleFree
 
 PIECE_ITEMS = 256 * 1024  # compared at a time: they stay in a CPU's cache
+MOST_STEPS = 2.0**53  # that are counted
 GPU_PIECE_ITEMS = 4 * 1024 * 1024  # on a GPU, where each piece costs launches
 
 
@@ -162,7 +163,9 @@ class ScheduleFreeWeights:
         return Excursion(distance / self._beta, size)  # z - x = (z - y) / beta; of x and y the size is the same
 
     def averaged_steps(self, scalars: Mapping[str, float]) -> float:
-        return scalars["weight_sum"] / scalars["lr_max"] ** 2 if scalars["lr_max"] > 0 else 0.0
+        square = scalars["lr_max"] ** 2
+        # A peer's may be anything: no division by what is 0 once it is squared, and nothing that grows out of a float.
+        return min(scalars["weight_sum"] / square, MOST_STEPS) if scalars["lr_max"] > 0 and square > 0 else 0.0
 
     @torch.no_grad()
     def adopt(self, weights: dict[str, Tensor]) -> None:

@@ -97,8 +97,8 @@ class Switchboard:
             say(f"the network thread has not ended for {CLOSE_SECONDS:g} s: leaving it to the end of the process")
 
     def post(self, callback: Callable[..., None], *arguments: object) -> None:
-        """Run `callback` on the network thread soon; from any thread. Nothing happens once the thread has ended, or if it
-        could not begin."""
+        """Run `callback` on the network thread soon; from any thread. Nothing happens once it has ended, or if it could
+        not begin."""
         if self._loop is None:
             return
         try:

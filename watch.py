@@ -147,14 +147,17 @@ def summary(view: View, shown: int) -> str:
 
 
 def choose(rows: tuple[Row, ...], places: int) -> tuple[Row, ...]:
-    """All rows where they have a place; else a quarter for the silent, and of the others the best and a few worst."""
+    """All rows where they have a place; else a quarter for the silent, and of the others the best and a few worst, and
+    those whose loss is not known yet where there is room."""
     if len(rows) <= places:
         return rows
     silent = [row for row in rows if row.state == "silent"][: places // 4]
     others = sorted((row for row in rows if row not in silent and row.best is not None), key=lambda row: row.best)
+    unknown = [row for row in rows if row not in silent and row.best is None]
     left = places - len(silent)
     worst = others[-(left // 4) :] if left // 4 and len(others) > left else []
-    return (*others[: left - len(worst)], *worst, *silent)
+    chosen = [*others[: left - len(worst)], *worst]
+    return (*chosen, *unknown[: left - len(chosen)], *silent)
 
 
 def make_table(run_dir: Path, rows: tuple[Row, ...], width: int) -> Table:

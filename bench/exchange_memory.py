@@ -91,8 +91,9 @@ def measure(megabytes: int, case: str) -> list[float]:
     pipes, processes = [], []
     for rank in range(2):
         near, far = spawn.Pipe()
-        processes.append(spawn.Process(target=one_rank, args=(far, rank, megabytes, case)))
+        processes.append(spawn.Process(target=one_rank, args=(far, rank, megabytes, case), daemon=True))
         processes[-1].start()
+        far.close()  # so that a rank that dies ends the wait for what it would say
         pipes.append(near)
     addresses = [pipe.recv() for pipe in pipes]
     for pipe, other in zip(pipes, reversed(addresses), strict=True):

@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=200, help="in all (default: 200)")
     parser.add_argument("--populations", type=int, default=2, help="side by side (default: 2)")
     parser.add_argument("--ranks", type=int, default=3, help="of each population (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the steps at which phases are ordered (default: 0)")
     parser.add_argument("--output", type=Path, default=RESULTS / "killing.json", help="figures (default: %(default)s)")
     options = parser.parse_args(normalise_flags(arguments))
     check_memory(options.populations * options.ranks + 1)

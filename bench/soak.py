@@ -6,7 +6,7 @@ squares, and a rise: the least in the last tenth less the least in the first ten
 the length of a conversation or a save alone. Exits with 1 if a rank's descriptors or threads rose, or its memory by
 more than 5 %.
 
-How long that stands for: a rank at train.py's default rates calls a peer at one step in 50 and saves once in 500 steps,
+How long that stands for: a rank at train.py's default rates calls a peer at one step in 25 and saves once in 500 steps,
 so the events of a rank are counted and divided by these rates; in hours, at one step a second.
 """
 

@@ -94,8 +94,10 @@ def typical_p(logits_BV: Tensor, p: float) -> Tensor:
 
 
 def _needed(ordered_BV: Tensor, p: float) -> Tensor:
-    """True for each while those before it sum to less than p: always for the first."""
-    return ordered_BV.cumsum(dim=-1) - ordered_BV < p
+    """True for each while those before it sum to less than p: always for the first, whatever p is in float32."""
+    needed_BV = ordered_BV.cumsum(dim=-1) - ordered_BV < p
+    needed_BV[:, 0] = True
+    return needed_BV
 
 
 def _keep(logits_BV: Tensor, index_BN: Tensor, kept_BN: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ promise <- function(law, target) {
   asymptote <- sprintf("asymptote %.4g%s bits per byte", law$asymptote, error)
   if (is.na(target)) return(asymptote)
   wanted <- steps_to(law, target)
-  reached <- if (is.na(wanted)) "is below the asymptote" else paste("at step", count(wanted))
+  reached <- if (is.na(wanted)) "is below the asymptote"
+             else if (wanted > 1e15) "is out of reach" else paste("at step", count(wanted))
   paste0(asymptote, "; target ", format(target), " ", reached)
 }
 
@@ -67,7 +68,7 @@ promise <- function(law, target) {
 report <- function(name, ranks, metrics, mixes, over, laws, target) {
   held <- metrics$held_out[is.finite(metrics$held_out)]
   cat(sprintf("%s: %s, %s, %s, best %.4f bits per byte%s\n", name, plural(length(ranks), "rank"),
-              plural(max(metrics$step), "step"), mixed(mixes), min(over$best),
+              plural(max(metrics$step), "step"), mixed(mixes), min(metrics$loss, na.rm = TRUE),
               if (length(held)) sprintf(", held-out %.4f", min(held)) else ""))
   if (!length(laws)) {
     cat("no law fitted: too few points, or none converged\n")

@@ -1,10 +1,12 @@
 # A run's files as data frames: torn lines, NA, further columns and steps that were taken again do no harm.
 
-# The whole rows of a tab-separated file as text, columns by name; without what was cut off within a line.
-read_rows <- function(path, wanted, most = Inf) {
+# The whole rows of a tab-separated file as text, columns by name; without what was cut off within a line, or is zeros,
+# as a lost write leaves them. most: rows, evenly chosen; like: of rows but the first, what they match.
+read_rows <- function(path, wanted, most = Inf, like = NULL) {
   bytes <- file.size(path)
   if (is.na(bytes) || bytes == 0) return(NULL)
-  text <- gsub("\r", "", readChar(path, bytes, useBytes = TRUE), fixed = TRUE, useBytes = TRUE)
+  raw <- readBin(path, "raw", bytes)
+  text <- gsub("\r", "", rawToChar(raw[raw != 0]), fixed = TRUE, useBytes = TRUE)
   lines <- strsplit(text, "\n", fixed = TRUE, useBytes = TRUE)[[1]]
   if (!endsWith(text, "\n")) lines <- lines[-length(lines)]
   if (length(lines) < 1) return(NULL)
@@ -12,6 +14,7 @@ read_rows <- function(path, wanted, most = Inf) {
   absent <- setdiff(wanted, header)
   if (length(absent)) fail("expected the column ", absent[1], " in ", path, ", got another kind of file: check the path")
   lines <- lines[-1]
+  if (!is.null(like)) lines <- lines[seq_along(lines) == 1 | grepl(like, lines, perl = TRUE, useBytes = TRUE)]
   if (length(lines) > most) {
     measured <- if ("val_loss" %in% header) {
       !grepl(sprintf("^([^\t]*\t){%d}NA(\t|$)", match("val_loss", header) - 1), lines, perl = TRUE)
@@ -45,18 +48,29 @@ read_metrics <- function(files) {
 }
 
 # One row a merge: hours since the first event, the receiver and its step, the sender, the exchange it was part of; won:
-# the sender was fitter; mean: both took the mean.
+# the sender was fitter; mean: both took the mean; whole: the receiver took the weights as they were.
 read_mixes <- function(logs) {
-  wanted <- c("timestamp", "rank", "event", "step", "fitness", "exchange_id", "peer")
-  events <- do.call(rbind, lapply(Filter(file.exists, logs), read_rows, wanted))
+  wanted <- c("timestamp", "rank", "event", "step", "fitness", "exchange_id", "peer", "message")
+  one <- function(path) {
+    rows <- read_rows(path, wanted, like = "\t(merged|averaged|sent)\t")
+    if (is.null(rows)) return(NULL)
+    step <- suppressWarnings(as.numeric(rows$step))
+    step[!rows$event %in% c("merged", "averaged")] <- NA
+    known <- which(is.finite(step))
+    later <- c(rev(cummin(rev(step[known])))[-1], Inf)  # a restarted rank goes back: what it takes again counts
+    undone <- known[step[known] > later]
+    if (length(undone)) rows[-undone, ] else rows
+  }
+  events <- do.call(rbind, lapply(Filter(file.exists, logs), one))
   nobody <- data.frame(hours = numeric(), step = numeric(), receiver = numeric(), sender = numeric(),
-                       exchange = character(), won = logical(), mean = logical())
+                       exchange = character(), won = logical(), mean = logical(), whole = logical())
   if (is.null(events)) return(nobody)
   time <- as.numeric(as.POSIXct(events$timestamp, format = "%Y-%m-%dT%H:%M:%OSZ", tz = "UTC")) / 3600
   number <- function(column) suppressWarnings(as.numeric(column))
   events <- data.frame(hours = time - min(time, na.rm = TRUE), step = number(events$step),
                        receiver = number(events$rank), sender = number(events$peer), event = events$event,
-                       fitness = number(events$fitness), exchange = events$exchange_id)
+                       fitness = number(events$fitness), exchange = events$exchange_id,
+                       whole = startsWith(events$message, "adopts:"))
   merged <- events[events$event %in% c("merged", "averaged"), ]
   # A sender's word counts only where the receiver's log is not at hand.
   sent <- events[events$event == "sent" & !events$sender %in% events$receiver, ]

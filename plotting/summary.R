@@ -31,8 +31,8 @@ in_bins <- function(mixes, axis, limits, bins) {
   counted
 }
 
-# Whom the weights descend from after each of `moments` (hours), where a merge moves the share `alpha` of them, a mean
-# half of them at both ends at once, and what a rank learns by itself moves none. means: the population's mean share of
+# Whom the weights descend from after each of `moments` (hours), where a merge moves the share `alpha` of them or all, a
+# mean half of them at both ends at once, and what a rank learns by itself moves none. means: the population's mean share of
 # each founder (moments x ranks); main: the founder with the largest share in each rank (moments x ranks, as positions
 # in `ranks`).
 descent <- function(ranks, mixes, alpha, moments) {
@@ -49,7 +49,7 @@ descent <- function(ranks, mixes, alpha, moments) {
       row <- known[next_one]
       to <- receiver[row]
       from <- sender[row]
-      share <- if (mixes$mean[row]) 0.5 else alpha
+      share <- if (mixes$mean[row]) 0.5 else if (mixes$whole[row]) 1 else alpha
       after <- (1 - share) * shares[, to] + share * shares[, from]
       if (is.na(twin[row])) shares[, to] <- after else if (row < twin[row]) shares[, c(to, from)] <- after
       next_one <- next_one + 1

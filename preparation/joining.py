@@ -37,6 +37,8 @@ class CorpusWriter:
         """Add bytes to the document at hand; each delimiter in them ends it."""
         tally = self.tally
         for index, part in enumerate(piece.split(DELIMITER)):
+            if self.full:
+                return
             if index > 0:
                 tally.delimiters += 1
                 tally.in_document, tally.touched = False, True

@@ -79,17 +79,20 @@ def test_plot_train_counts_an_average_of_two_as_one_mix(output):
 
 
 def descent(*ends, alpha=0.3):
-    """Each founder's share of the population after mixes (receiver, sender, exchange, mean) of three ranks."""
+    """Each founder's share of the population after mixes (receiver, sender, exchange, mean, whole) of three ranks."""
     columns = [f"c({', '.join(map(str, column))})" for column in zip(*ends, strict=True)]
-    table = "data.frame(hours = 1, receiver = {}, sender = {}, exchange = {}, mean = {} == 1)".format(*columns)
+    table = "data.frame(hours = 1, receiver = {}, sender = {}, exchange = {}, mean = {} == 1, whole = {} == 1)"
+    table = table.format(*columns)
     source = f"source('plotting/summary.R'); cat(descent(0:2, {table}, {alpha}, 2)$means)"
     done = subprocess.run(["Rscript", "-e", source], cwd=SCRIPT.parent, capture_output=True, text=True)
     return [float(word) for word in drawn(done).split()]
 
 
 def test_descent_is_not_changed_by_means_in_which_both_ends_give_as_much_as_they_take():
-    assert descent((0, 1, 7, 1), (1, 0, 7, 1), (2, 1, 8, 1), (1, 2, 8, 1)) == pytest.approx([1 / 3] * 3)
-    assert descent((0, 1, 7, 0)) == pytest.approx([0.7 / 3, 1.3 / 3, 1 / 3])
+    means = (0, 1, 7, 1, 0), (1, 0, 7, 1, 0), (2, 1, 8, 1, 0), (1, 2, 8, 1, 0)
+    assert descent(*means) == pytest.approx([1 / 3] * 3)
+    assert descent((0, 1, 7, 0, 0)) == pytest.approx([0.7 / 3, 1.3 / 3, 1 / 3])
+    assert descent((0, 1, 7, 0, 1)) == pytest.approx([0, 2 / 3, 1 / 3])  # who adopts keeps nothing of its own
 
 
 def test_plot_train_tells_how_to_call_it():
@@ -154,6 +157,16 @@ def test_plot_train_counts_no_merge_that_was_undone_or_failed(tmp_path):
     assert "2 ranks, 200 steps, 5 mixes" in drawn(plot(run))
     logs[receiver].unlink()  # then the sender's word has to do
     assert f"2 ranks, 200 steps, {texts[1 - receiver].count(chr(9) + 'sent' + chr(9))} mixes" in drawn(plot(run))
+
+
+def test_plot_train_counts_the_merges_of_steps_that_were_taken_again_once(tmp_path):
+    run = write_run(tmp_path / "runs" / "again", ranks=2, steps=400, mixes=8)
+    log = tmp_path / "runs" / "gossip_logs" / "again_rank_0000.tsv"
+    lines = log.read_text().splitlines()
+    merged = [line for line in lines if "\tmerged\t" in line]
+    assert len(merged) > 1
+    log.write_text("\n".join([*lines, merged[0]]) + "\n\0\0")  # killed, and back before all of them; a lost write
+    assert f"2 ranks, 400 steps, {8 - len(merged) + 2} mixes" in drawn(plot(run))
 
 
 def test_plot_train_says_a_mistake_in_one_line(run, tmp_path):

@@ -74,6 +74,12 @@ def test_corpus_writer_pieces_make_no_difference(files, max_bytes):
     assert writer.full == (writer.tally.written == max_bytes)
 
 
+def test_corpus_writer_counts_nothing_beyond_its_last_byte():
+    writer = CorpusWriter(io.BytesIO(), 4)
+    writer.write(b"ab\x1ecd\x1eef")
+    assert (writer.tally.documents, writer.tally.delimiters) == (2, 1)
+
+
 def test_prepare_data_max_bytes_cuts(folder, tmp_path):
     assert len(prepare(tmp_path, folder, "--max-bytes", "5")) == 5
 

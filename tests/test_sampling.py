@@ -26,6 +26,11 @@ def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
     assert kept(top_p(P[:1].log(), p)) == [expected]
 
 
+@pytest.mark.parametrize("filtered", [top_p, typical_p])
+def test_a_share_that_is_zero_in_float32_keeps_the_first(filtered):
+    assert [len(row) for row in kept(filtered(P[:1].log(), 1e-46))] == [1]
+
+
 def test_min_p_is_relative_to_the_likeliest():
     assert kept(min_p(P.log(), 0.5)) == [[1, 3], [0, 1, 2, 3]]
     assert kept(min_p(P.log(), 1.0))[0] == [1]

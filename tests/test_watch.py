@@ -309,6 +309,25 @@ def test_watch_survives_torn_files(run):
     assert rows[0].held_out == pytest.approx(2 * math.log(2), rel=1e-4)
 
 
+def test_watch_of_a_launch_of_fewer_ranks_ends_when_those_have_left(run):
+    for _ in range(3):
+        run.beat()  # and rank 2 is killed
+    (run.path / "config.json").write_text('{"world_size": 2}')
+    run.leave(0)
+    assert not Onlooker(run.path).look().over
+    run.leave(1)
+    for file in (run.path / "population").glob("rank_0002.json"):
+        os.utime(file, (1, 1))  # long ago
+    assert Onlooker(run.path).look().over
+
+
+def test_onlooker_shows_the_way_of_metrics_that_were_replaced_once(run):
+    onlooker = Onlooker(run.path)
+    assert onlooker.look().rows[0].trend == (3.0, 2.5)
+    MetricsFile(run.path / "metrics" / "rank_0000.tsv").rewind(200)
+    assert onlooker.look().rows[0].trend == (3.0,)
+
+
 def test_watch_passes_over_files_that_are_no_ranks(run):
     run.beat()
     shutil.copy(run.path / "metrics" / "rank_0000.tsv", run.path / "metrics" / "rank_0000.bak.tsv")
@@ -478,6 +497,8 @@ def test_choose_keeps_the_best_the_silent_and_the_worst_of_many():
     chosen = watch.choose(rows, 20)
     assert [row.rank for row in chosen] == [*range(15), 508, 509, 510, 511, 300]
     assert watch.choose(rows[:20], 20) == rows[:20]
+    young = tuple(make_row(n, "running", {"best_fitness": 1.0} if n == 7 else {}, {}) for n in range(30))
+    assert [row.rank for row in watch.choose(young, 6)] == [7, 0, 1, 2, 3, 4]
 
 
 def test_make_row_ignores_values_that_are_no_numbers():

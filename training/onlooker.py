@@ -22,6 +22,7 @@ FLOW_MINUTES = 5
 FEW = 32  # ranks whose own entries are read at every look; of more the leader's fold is, while it moves
 STILL_SECONDS = 10.0  # after which a fold that does not move is not enough
 TREND_ROWS = 2000
+LOG_TAIL_BYTES = 256 * 1024  # five merges a second in FLOW_MINUTES
 _METRICS = re.compile(r"rank_(\d{4,})\.tsv")
 _ELITE = re.compile(r"checkpoint_rank_(\d+)_step_(\d+)_loss_([\d.]+|NA)\.pt")
 
@@ -78,7 +79,10 @@ class Metrics:
 
     def read(self) -> None:
         """Take in what is new: each column's newest number, and the losses on their way. Raises OSError."""
-        for row in self.tail.read():
+        rows = self.tail.read()
+        if self.tail.is_anew:  # a resumed run's, which holds what was read before
+            self.trend.clear()
+        for row in rows:
             numbers = {name: number for name, cell in row.items() if (number := _number(cell)) is not None}
             self.values.update(numbers)
             if "ema_loss" in numbers:
@@ -145,7 +149,8 @@ class Onlooker:
         size = world_size(self.run_dir)
         if size is not None:  # a rank that a launch of fewer has left behind is no part of the population any more
             rows = tuple(row for row in rows if row.rank < size or row.state in ("leads", "running"))
-        over = bool(entries) and all(self._sightings.left(rank) for rank in entries)
+        known = [row for row in rows if row.rank in entries]
+        over = bool(known) and all(row.state == "left" for row in known)
         ranks = {row.rank for row in rows if row.state not in ("silent", "left")} or {row.rank for row in rows}
         return View(rows, read_elites(self.run_dir), self._flow.counted(ranks), self._flow.until(ranks), over)
 
@@ -189,7 +194,7 @@ class Onlooker:
             return
         for folder in folders:
             for name in filter(wanted.fullmatch, _names(folder)):
-                self._logs.setdefault(folder / name, TableTail(folder / name))
+                self._logs.setdefault(folder / name, TableTail(folder / name, LOG_TAIL_BYTES))
             if self._logs:
                 return
 

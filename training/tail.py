@@ -3,18 +3,21 @@
 import os
 from pathlib import Path
 
-TAIL_BYTES = 64 * 1024  # of a file that is met for the first time
+TAIL_BYTES = 64 * 1024
 
 
 class TableTail:
     """The rows at the end of a table with a header, and then what is added to it.
 
     A line counts once its end is there; one with another number of cells is passed over. A file that was replaced, as a
-    resumed run replaces its metrics, is met anew.
+    resumed run replaces its metrics, is met anew, and is_anew after the read() that met it. tail_bytes: of a file that
+    is met.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tail_bytes: int = TAIL_BYTES) -> None:
         self.path = path
+        self.is_anew = False
+        self._tail_bytes = tail_bytes
         self._names: list[str] = []
         self._inode: int | None = None
         self._position = 0
@@ -27,12 +30,13 @@ class TableTail:
             return []
         with file:
             status = os.fstat(file.fileno())
-            if status.st_ino != self._inode or status.st_size < self._position:
+            self.is_anew = status.st_ino != self._inode or status.st_size < self._position
+            if self.is_anew:
                 header = file.readline()
                 if not header.endswith(b"\n"):
                     return []
                 self._inode, self._names = status.st_ino, header.decode(errors="replace").rstrip("\n").split("\t")
-                self._position = max(file.tell(), status.st_size - TAIL_BYTES)
+                self._position = max(file.tell(), status.st_size - self._tail_bytes)
             file.seek(self._position)
             whole, end, _ = file.read().rpartition(b"\n")
         self._position += len(whole) + len(end)

@@ -161,7 +161,7 @@ def free_space(folder: Path) -> str:
         folder = folder.absolute().parent
     with tempfile.TemporaryFile(dir=folder):
         free = shutil.disk_usage(folder).free
-    note = "" if free >= LEAST_FREE else ", too little for the first checkpoint of 1g parameters, of 16 GiB"
+    note = "" if free >= LEAST_FREE else ", little beside a first checkpoint of 1g parameters, of 16 GiB"
     return f"{free / 2**30:.1f} GiB free{note}"
 
 

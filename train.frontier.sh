@@ -180,9 +180,15 @@ if ((requeue)); then
     else
         clear_nodes
     fi
-    if ((told < LEAST_SECONDS && ${SLURM_RESTART_COUNT:-0} > 0)); then
+    short=logs/slurm_$SLURM_JOB_ID.short # a life of this job that did no more than start
+    if ((told >= LEAST_SECONDS)); then
+        rm -f "$short" || true
+    elif [ -e "$short" ]; then
         say "error: not requeued: the time limit was near $told s after the start, again: give a longer --time"
+        say "go on by sbatch train.frontier.sh --resume $RUN_DIR"
         exit 1
+    else
+        { mkdir -p logs && : >"$short"; } || true
     fi
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         say "error: not requeued: go on by sbatch train.frontier.sh --resume $RUN_DIR"

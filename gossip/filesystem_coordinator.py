@@ -169,9 +169,10 @@ class FilesystemCoordinator:
             return None
 
     def _look_again(self, error: Exception) -> None:
-        """Count what could not be read; before there is a tenure, which begins by what is read, raise an OSError."""
+        """Count what could not be read; before there is a tenure, which begins by what is read, raise an OSError, but no
+        longer than others would wait for a sign of life."""
         self.unreadable += 1
-        if self._tenure is None and isinstance(error, OSError):
+        if self._tenure is None and isinstance(error, OSError) and self._fresh(self._started_at, self._clock()):
             raise error
 
     def _read_ranking(self, now: float) -> None:

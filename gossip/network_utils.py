@@ -124,7 +124,7 @@ async def _look_up(name: str, port: int) -> list[tuple[socket.AddressFamily, tup
     The event loop's own threads would be joined there, however long the resolver hangs. Raises OSError, UnicodeError.
     """
     if not _lookups.acquire(blocking=False):
-        raise OSError(errno.ENOBUFS, f"{LOOKUPS_LIMIT} other names are still being looked up")
+        raise OSError(f"{LOOKUPS_LIMIT} other names are still being looked up")
     found = concurrent.futures.Future()
     found.set_running_or_notify_cancel()  # from here on its result can be set, whoever waits for it
     try:

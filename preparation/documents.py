@@ -64,7 +64,9 @@ def check_files(paths: Sequence[Path]) -> None:
         if compression(path) == ".zst":
             need("zstandard", path)
     if packed := [path for path in paths if _kind(path) in PACKED]:
-        say(f"warning: {len(packed)} files stay packed, as {packed[0]}: their bytes are joined as they are")
+        say(
+            f"warning: {len(packed)} packed files, such as {packed[0]}, stay packed: their bytes are joined as they are"
+        )
 
 
 def _kind(path: Path) -> str:

@@ -234,15 +234,18 @@ signal.sigwait([signal.SIGUSR2])
 """
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_train_frontier_is_requeued_though_nothing_can_be_staged_told_or_written_down(project, text, restarts):
+@pytest.mark.parametrize("was_short", [0, 1])
+def test_train_frontier_is_requeued_though_nothing_can_be_staged_told_or_written_down(project, text, was_short):
     for name, script in STUBS.items():
         path = fake(project, name, script, shell="/bin/bash")
     (project / "train.py").unlink()
     (project / "train.py").write_text(SAVES_AND_LEAVES)
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "1",
            "SLURM_JOB_NODELIST": "here", "SLURM_PROCID": "0", "SLURM_NPROCS": "1", "SLURM_LOCALID": "0",
-           "NVME": "/proc/absent", "SLURM_RESTART_COUNT": str(restarts)}  # fmt: skip
+           "NVME": "/proc/absent"}  # fmt: skip
+    if was_short:
+        (project / "logs").mkdir(exist_ok=True)
+        (project / "logs" / "slurm_7.short").touch()
     with open("/dev/full", "w") as full:
         script = subprocess.Popen(
             [project / "train.frontier.sh", "--data", text], cwd=project, env=clean_environment() | path | job,
@@ -251,12 +254,13 @@ def test_train_frontier_is_requeued_though_nothing_can_be_staged_told_or_written
     try:
         eventually(lambda: (project / "rank").exists() or script.poll() is not None, 60)
         script.send_signal(signal.SIGUSR1)
-        assert script.wait(60) == restarts
+        assert script.wait(60) == was_short
     finally:
         script.kill()
         script.wait()
     # But not if its time was as short the last time: that would go on for ever.
-    requeued = "" if restarts else "scontrol requeue 7\n"
+    requeued = "" if was_short else "scontrol requeue 7\n"
+    assert (project / "logs" / "slurm_7.short").exists()
     assert (project / "calls").read_text() == "scancel --signal=USR2 7\n" + requeued
 
 

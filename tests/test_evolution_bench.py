@@ -498,12 +498,15 @@ def test_evolution_in_one_process_ends_at_ctrl_c_with_what_a_trial_started(data,
     with subprocess.Popen(
         [sys.executable, "-m", "bench.evolution", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as laboratory:
-        eventually(lambda: len(named("train.py", laboratory.pid)) == 3)
-        family = watched(laboratory.pid)
-        laboratory.send_signal(signal.SIGINT)
-        assert laboratory.wait(PATIENCE) == 130
-        all_end(family)
-        assert "Traceback" not in laboratory.stderr.read()
+        try:
+            eventually(lambda: len(named("train.py", laboratory.pid)) == 3)
+            family = watched(laboratory.pid)
+            laboratory.send_signal(signal.SIGINT)
+            assert laboratory.wait(PATIENCE) == 130
+            all_end(family)
+            assert "Traceback" not in laboratory.stderr.read()
+        finally:
+            laboratory.kill()
 
 
 def watched(pid):
@@ -599,6 +602,8 @@ def test_evolution_rows_keep_an_arm_apart_from_itself_with_other_defaults():
         ("ours (limit=4)", 1.4), ("ours (limit=2)", 1.6), ("solo", 1.8),
     ]  # fmt: skip
     assert [row.over_mean for row in rows_of(results, "ours")] == [None] * 3
+    before = [result | {"options": {"p": "0.1"}} for result in results[:1]]  # when there was no such option
+    assert [(row.arm, row.loss.count) for row in rows_of([*before, results[1]], "solo")] == [("ours", 2)]
 
 
 def test_evolution_plot_is_drawn(tmp_path):

@@ -3,12 +3,10 @@
 import asyncio
 import errno
 import socket
-import threading
 
 import pytest
 
 from bench.injection import Injection
-from gossip import network_utils
 from gossip.faults import Fault, ProtocolError
 from gossip.network_utils import choose_address, connect, join_address, listen, parse_peer
 from runtime.errors import UserError
@@ -151,15 +149,15 @@ def test_connect_holds_its_own_shortage_against_nobody(monkeypatch):
     def without_descriptors(*_):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    with monkeypatch.context() as patch, pytest.raises(ProtocolError, match="Too many open files") as caught:
-        patch.setattr("gossip.network_utils._family", without_descriptors)
-        asyncio.run(connect("127.0.0.1:1"))
-    assert caught.value.fault is Fault.OUT_OF_MEMORY
-    monkeypatch.setattr("gossip.network_utils._lookups", threading.BoundedSemaphore(1))
-    network_utils._lookups.acquire()
-    with pytest.raises(ProtocolError, match="other names are still being looked up") as caught:
-        asyncio.run(connect("localhost:1"))
-    assert caught.value.fault is Fault.OUT_OF_MEMORY
+    def without_threads(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("gossip.network_utils._family", without_descriptors)
+    monkeypatch.setattr("gossip.network_utils.threading.Thread", without_threads)
+    for address, said in (("127.0.0.1:1", "Too many open files"), ("localhost:1", "can't start new thread")):
+        with pytest.raises(ProtocolError, match=said) as caught:
+            asyncio.run(connect(address))
+        assert caught.value.fault is Fault.OUT_OF_MEMORY
 
 
 @pytest.mark.injects(Injection.UNRESOLVABLE_ADDRESS)

@@ -214,7 +214,7 @@ def test_prepare_data_warns_of_files_that_it_does_not_unpack(tmp_path, capsys):
         (tmp_path / name).write_bytes(gzip.compress(b"c"))
     check_files(sorted(tmp_path.iterdir()))
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"warning: 2 files stay packed, as {tmp_path}/b.tar.gz: ")
+    assert said.startswith(f"warning: 2 packed files, such as {tmp_path}/b.tar.gz, stay packed: ")
 
 
 def test_prepare_data_refuses_a_compressed_parquet_file(tmp_path):

@@ -153,9 +153,10 @@ def test_a_thread_that_could_not_begin_tells_why_and_can_be_closed(tmp_path, mon
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr("gossip.switchboard.asyncio.run", without_descriptors)
+    monkeypatch.setattr(Rank, "boundary", lambda rank: None)
     rank = Rank(tmp_path, 0)
     with pytest.raises(OSError, match="Too many open files"):
-        rank.boundary()
+        rank.node.step_boundary(0, 0, None, {})
     rank.node.close()
 
 

@@ -299,7 +299,7 @@ def resolve_options(given: Mapping[str, Any], stored: Mapping[str, Mapping[str, 
             old = {} if option.metadata.get("of_launch") else (stored or {}).get(group_field.name, {})
             value = old.get(option.name, getattr(group, option.name))
             new = given.get(option.name, value)
-            moved = option.metadata.get("files") and value and not any(map(_is_there, value))
+            moved = option.metadata.get("files") and value and not all(map(_is_there, value))
             if option.name in old and option.metadata["fixed"] and new != value and not moved:
                 expected = f"no --{option.name}" if value in (None, []) else f"--{option.name} {_shown(value)}"
                 raise UserError(

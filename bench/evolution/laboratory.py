@@ -85,7 +85,11 @@ def _side_by_side(
         jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
     )
     try:
-        futures = {pool.submit(_perform_in_worker, task, data, device): task for task in tasks}
+        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit: Ctrl-C is left to this process
+        try:
+            futures = {pool.submit(_perform_in_worker, task, data, device): task for task in tasks}
+        finally:
+            signal.signal(signal.SIGINT, ours)
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.exception() or future.result()
     except BaseException:
@@ -98,9 +102,8 @@ def _side_by_side(
 
 
 def _begin_worker(laboratory: int) -> None:
-    """In a new process: one thread, and it ends with the laboratory, to which Ctrl-C is left."""
+    """In a new process: one thread, and it ends with the laboratory."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not signal_when_parent_dies(signal.SIGTERM, laboratory):
         sys.exit(1)
 

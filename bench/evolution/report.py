@@ -38,18 +38,24 @@ def rows_of(results: Sequence[dict], against: str) -> list[Row]:
     """One row an arm, all of its options alike, and number of ranks, the lowest loss first; results: of one setting.
     against: the label of an arm of as many ranks; where there are several of it, nobody is compared with them.
     """
-    by_arm: dict[tuple[str, int, frozenset], dict[int, dict]] = defaultdict(dict)
+    groups: list[_Group] = []
     for result in results:
-        by_arm[result["arm"], result["ranks"], frozenset(result["options"].items())][result["seed"]] = result
+        of = next((group for group in groups if group.takes(result)), None)
+        if of is None:
+            groups.append(of := _Group(result["arm"], result["ranks"], {}, {}))
+        of.options |= result["options"]
+        of.seeds[result["seed"]] = result
     rows = []
-    for (arm, ranks, options), seeds in by_arm.items():
+    for group in groups:
+        seeds = group.seeds
         loss = {seed: result["loss"] for seed, result in seeds.items()}
-        references = [of for (name, n, _), of in by_arm.items() if (name, n) == (against, ranks)]
+        references = [of.seeds for of in groups if (of.arm, of.ranks) == (against, group.ranks)]
         reference = references[0] if len(references) == 1 else {}
-        others = [other for name, n, other in by_arm if (name, n) == (arm, ranks) and other != options]
-        told = sorted(f"{name}={value}" for name, value in options - frozenset.intersection(options, *others))
+        namesakes = [of.options for of in groups if (of.arm, of.ranks) == (group.arm, group.ranks)]
+        own = [f"{name}={value}" for name, value in sorted(group.options.items())
+               if any(options.get(name) != value for options in namesakes)]  # fmt: skip
         rows.append(Row(
-            f"{arm} ({', '.join(told)})" if told else arm, ranks,
+            f"{group.arm} ({', '.join(own)})" if own else group.arm, group.ranks,
             interval(list(loss.values())),
             interval([result["best"] for result in seeds.values()]),
             interval([result["loss_of_mean"] for result in seeds.values()]),
@@ -59,6 +65,21 @@ def rows_of(results: Sequence[dict], against: str) -> list[Row]:
             sum(result["cpu_s"] for result in seeds.values()) / len(seeds),
         ))  # fmt: skip
     return sorted(rows, key=lambda row: row.loss.mean)
+
+
+@dataclass
+class _Group:
+    """Results of one arm, with all of the options that two of them name alike."""
+
+    arm: str
+    ranks: int
+    options: dict[str, str]
+    seeds: dict[int, dict]
+
+    def takes(self, result: dict) -> bool:
+        """Whether it is one more of them."""
+        same = (self.arm, self.ranks) == (result["arm"], result["ranks"]) and result["seed"] not in self.seeds
+        return same and all(self.options.get(name, value) == value for name, value in result["options"].items())
 
 
 def by_setting(results: Sequence[dict]) -> dict[str, list[dict]]:

@@ -131,6 +131,7 @@ def _most_lanes(make: Callable[[int], Callable[[], None]], setting: Setting) -> 
     """The largest power of two of lanes with which a step fits the GPU's memory."""
     lanes = 1
     while not setting.quick or lanes < 2:
+        step = None  # the one before goes first
         try:
             step = make(2 * lanes)
             for _ in range(2):  # an optimizer may allocate its state within the first
@@ -138,6 +139,7 @@ def _most_lanes(make: Callable[[int], Callable[[], None]], setting: Setting) -> 
         except torch.OutOfMemoryError:
             break
         finally:
+            step = None
             torch.cuda.empty_cache()
         lanes *= 2
     return lanes

@@ -31,7 +31,7 @@ FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
 INDENTED = re.compile(r"(?:(?<=\n\n)|^)(?: {4}.*\n(?:\n+(?= {4}))?)+", re.M)
 # Between backticks in a line of prose: what begins like a command, and has arguments.
 PROGRAMS = r"python3?|pip|bash|sbatch|srun|torchrun|Rscript|tail|\./\S+"
-INLINE = re.compile(rf"`((?:{PROGRAMS}) [^`]+|[A-Z_]+=\S+ [^`]+)`")
+INLINE = re.compile(rf"`((?:{PROGRAMS}) [^`]+|[A-Z_]+=[^\s`]+ [^`]+)`")
 NO_COMMANDS = ("4 ranks (", "output_dir/", "@software", "from pathlib")
 
 SMALL = "--batch_size 2 --chunk_size 32 --train_steps 3 --val_every 0"

@@ -169,8 +169,8 @@ class FilesystemCoordinator:
             return None
 
     def _look_again(self, error: Exception) -> None:
-        """Count what could not be read; before there is a tenure, which begins by what is read, raise an OSError, for as
-        long as others would wait for a sign of life."""
+        """Count what could not be read. Before there is a tenure, which begins by what is read, raise an OSError, but
+        only as long as others would wait for a sign of life."""
         self.unreadable += 1
         if self._tenure is None and isinstance(error, OSError) and self._fresh(self._started_at, self._clock()):
             raise error
